@@ -1,0 +1,181 @@
+"""Every flag, once: name, YAML key, default, bounds and help text are the fields below.
+
+`EngineConfig` is what runs a model, `ServeConfig` adds what serves it. Both are frozen, and both travel to other
+processes as JSON.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from .errors import ConfigError
+from .parallel import ParallelConfig
+from .request import SamplingParams
+
+AttentionBackend = Literal[
+    "auto", "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math",
+    "flash", "flash_hub", "_flash_3", "_flash_3_hub", "sage", "sage_hub", "xformers",
+]  # fmt: skip
+
+
+class EngineConfig(ParallelConfig):
+    """Which model, on what, how spread."""
+
+    model: CliPositionalArg[str] = Field(
+        min_length=1, description="a hub id such as Qwen/Qwen-Image, a folder in the diffusers layout, or 'demo'"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of the hub repository")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes CUDA where there is a GPU")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="'auto' is bfloat16 on GPUs and float32 on CPUs"
+    )
+    attention_backend: AttentionBackend = Field("auto", description="a kernel by diffusers' name")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
+    max_queue: int = Field(256, ge=1, description="requests that may wait; the next one is answered 429")
+    step_timeout: float = Field(
+        600.0, gt=0, description="seconds after which a worker that does not answer is taken for hung"
+    )
+
+
+class _CommandLine(BaseSettings):
+    """A config that is read from flags and, under them, from the YAML file that `--config` names."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    config: Path | None = Field(None, description="YAML file with any of these flags as keys; flags win over it")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # flags come on top of these by themselves; no environment variable is read
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> Self:
+        """Raises `ConfigError` with one line. `--help` prints and exits."""
+        try:
+            return CliApp.run(cls, cli_args=arguments, **_read_yaml(cls, arguments))
+        except SettingsError as e:
+            raise ConfigError(str(e).removeprefix("error parsing CLI: ")) from None
+        except ValidationError as e:
+            raise ConfigError(_first_line(e)) from None
+
+
+class CheckConfig(EngineConfig, _CommandLine):
+    """`darkroom check`: is this configuration valid, and what would each rank hold?"""
+
+    model_config = SettingsConfigDict(cli_prog_name="darkroom check")
+
+
+class ServeConfig(EngineConfig, _CommandLine):
+    """`darkroom serve`: the OpenAI-compatible HTTP server."""
+
+    model_config = SettingsConfigDict(cli_prog_name="darkroom serve")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
+    port: int = Field(8000, ge=0, le=65535, description="0 takes any free port")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="the model's id in the API; its name as given, if not set"
+    )
+    omni: bool = Field(False, description="accepted and without effect: commands for vLLM-Omni work as they are")
+
+    @property
+    def served_name(self) -> str:
+        return self.served_model_name or self.model
+
+
+class GenerateConfig(EngineConfig, _CommandLine):
+    """`darkroom generate`: a picture with no server."""
+
+    model_config = SettingsConfigDict(cli_prog_name="darkroom generate", cli_shortcuts={"output": "o"})
+
+    prompt: CliPositionalArg[str] = Field(description="what the picture shows")
+    output: Path = Field(Path("out.png"), description="file to write; its ending names the format: png, jpg, webp")
+    negative_prompt: str | None = Field(None, description="what the picture should not show")
+    width: int | None = Field(None, description="pixels")
+    height: int | None = Field(None, description="pixels")
+    num_inference_steps: int | None = Field(None, description="denoising steps")
+    true_cfg_scale: float | None = Field(None, description="strength of classifier-free guidance")
+    max_sequence_length: int | None = Field(None, description="prompt tokens after which the text is cut off")
+    seed: int | None = Field(None, description="the same seed gives the same picture")
+    n: int = Field(1, ge=1, le=10, description="how many pictures; with more than one, files get -0, -1, ...")
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        return SamplingParams(
+            negative_prompt=self.negative_prompt,
+            width=self.width,
+            height=self.height,
+            num_inference_steps=self.num_inference_steps,
+            true_cfg_scale=self.true_cfg_scale,
+            max_sequence_length=self.max_sequence_length,
+            seed=self.seed,
+            n=self.n,
+        )
+
+
+def engine_config(config: EngineConfig) -> EngineConfig:
+    """The part of a command's configuration that the engine's processes need."""
+    return EngineConfig.model_validate({name: getattr(config, name) for name in EngineConfig.model_fields})
+
+
+def _read_yaml(cls: type[_CommandLine], arguments: list[str]) -> dict[str, Any]:
+    path = _option(arguments, "--config")
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as e:
+        raise ConfigError(f"--config {path}: cannot be read: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: expected keys and values, such as 'usp: 2'")
+    names = _names(cls)
+    if unknown := [str(key) for key in values if str(key).replace("_", "-") not in names]:
+        raise ConfigError(f"--config {path}: unknown key '{unknown[0]}'; known: {', '.join(sorted(names))}")
+    return {names[str(key).replace("_", "-")]: value for key, value in values.items()}
+
+
+def _names(cls: type[_CommandLine]) -> dict[str, str]:
+    """Every spelling of every field, with dashes -> the spelling that the validation takes."""
+    names = {}
+    for name, field in cls.model_fields.items():
+        choices = getattr(field.validation_alias, "choices", [name])
+        names.update({str(alias).replace("_", "-"): str(choices[0]) for alias in (name, *choices)})
+    return names
+
+
+def _option(arguments: list[str], flag: str) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    flag = "--" + str(first["loc"][-1]).replace("_", "-") if first["loc"] else "arguments"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{flag} {first['input']!r}: {message}" if first["type"] != "missing" else f"{flag} is missing"

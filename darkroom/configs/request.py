@@ -1,0 +1,54 @@
+"""What a picture is asked for with: `SamplingParams` as a caller writes it, `Request` with every default filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to sample. None is the model card's default, declared in the model's `Capabilities`."""
+
+    width: int | None = None
+    """Pixels."""
+    height: int | None = None
+    """Pixels."""
+    num_inference_steps: int | None = None
+    true_cfg_scale: float | None = None
+    """Strength of classifier-free guidance; 1 or less switches it off and halves the work."""
+    guidance_scale: float | None = None
+    """The distilled guidance input, for models that have one."""
+    negative_prompt: str | None = None
+    max_sequence_length: int | None = None
+    """Prompt tokens after which the text is cut off."""
+    seed: int | None = None
+    """Picture i of n is drawn with `seed + i`. None draws a random seed."""
+    n: int = 1
+    """How many pictures."""
+    quality: Literal["low", "medium", "high"] | None = None
+    """Sets the number of steps where `num_inference_steps` does not."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One picture, resolved and checked: what the engine and its workers see."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_inference_steps: int
+    true_cfg_scale: float
+    max_sequence_length: int
+    seed: int
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int = 100
+    """0 to 100, the quality of JPEG and WebP."""
+    partial_images: int = 0
+    """How many previews are decoded on the way."""
+
+    def picture(self, index: int) -> Request:
+        """The request for picture `index` of n. Seeds wrap at 64 bits, as the generator's do."""
+        return msgspec.structs.replace(self, seed=(self.seed + index) % 2**64)

@@ -1,0 +1,60 @@
+"""Start and end an engine process. Used by the server and by the offline API; imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from darkroom.configs.config import EngineConfig
+from darkroom.configs.devices import worker_environment
+
+from .engine import engine_address
+
+_STOP_SECONDS = 4.0
+
+
+class EngineProcess:
+    """An engine and its workers, which end with this process, however it ends: its standard input is their lifeline.
+
+    The sockets lie in a folder that only this user can enter.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.run_dir = Path(tempfile.mkdtemp(prefix="darkroom-"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "darkroom.engine", str(self.run_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=worker_environment(),
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(config.model_dump_json().encode() + b"\n")
+        self.process.stdin.flush()
+
+    @property
+    def address(self) -> str:
+        return engine_address(self.run_dir)
+
+    def stop(self) -> None:
+        """Close the lifeline, wait, and kill what is left."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()

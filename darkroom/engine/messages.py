@@ -1,0 +1,152 @@
+"""Everything that crosses a process boundary. The types are the wire format: msgspec tagged unions in msgpack.
+
+Every request that was accepted ends in exactly one of `Finished`, `Failed`, or its client's own `Cancel`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from darkroom.configs.request import Request
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+# server -> engine
+
+
+class Generate(Message, frozen=True):
+    id: str
+    request: Request
+
+
+class Cancel(Message, frozen=True):
+    id: str
+
+
+class Ping(Message, frozen=True):
+    """Answered by `Status`. A client's first message: from then on the engine tells it of every change of state."""
+
+
+# engine -> server
+
+
+class Status(Message, frozen=True):
+    state: Literal["starting", "ready", "restarting", "failed"]
+    detail: str = ""
+    is_config_error: bool = False
+    """The operator can mend it: the command line says `detail` in one line and exits with 2."""
+    waiting: int = 0
+    running: int = 0
+
+
+class Progress(Message, frozen=True):
+    id: str
+    step: int
+    num_steps: int
+    seconds: float
+    """How long this step took."""
+    batch_size: int
+
+
+class Preview(Message, frozen=True):
+    """A picture decoded from the current estimate of the clean latents."""
+
+    id: str
+    index: int
+    image: bytes
+
+
+class Finished(Message, frozen=True):
+    id: str
+    image: bytes
+    seed: int
+    text_tokens: int
+    image_tokens: int
+    stages: dict[str, float]
+    """Seconds by stage: queue, prepare, denoise, decode, encode."""
+
+
+class Failed(Message, frozen=True):
+    id: str
+    error: str
+    reason: Literal["internal", "unavailable", "busy"] = "internal"
+
+
+# engine -> workers: every worker gets every command, in the same order
+
+
+class Prepare(Message, frozen=True):
+    ids: tuple[str, ...]
+    requests: tuple[Request, ...]
+
+
+class Step(Message, frozen=True):
+    """One denoising step of samples that can share a forward pass."""
+
+    ids: tuple[str, ...]
+
+
+class Decode(Message, frozen=True):
+    """Turn latents into encoded pictures. With `preview`, the current estimate, and the samples stay in flight."""
+
+    ids: tuple[str, ...]
+    preview: int | None = None
+    """The index of the preview."""
+
+
+class Drop(Message, frozen=True):
+    ids: tuple[str, ...]
+
+
+class Exit(Message, frozen=True):
+    pass
+
+
+# workers -> engine: one `Done` or `Error` per worker and command; `Encoded` from the output rank's encoder thread
+
+
+class Loaded(Message, frozen=True):
+    rank: int
+    device: str
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    num_steps: int
+    text_tokens: int
+    image_tokens: int
+
+
+class Done(Message, frozen=True):
+    rank: int
+    prepared: tuple[Prepared, ...] = ()
+
+
+class Error(Message, frozen=True):
+    rank: int
+    error: str
+    is_config_error: bool = False
+
+
+class Encoded(Message, frozen=True):
+    id: str
+    image: bytes
+    seconds: float
+    preview: int | None = None
+
+
+Inbound = Generate | Cancel | Ping
+Event = Progress | Preview | Finished | Failed
+Outbound = Status | Event
+Command = Prepare | Step | Decode | Drop | Exit
+Reply = Loaded | Done | Error | Encoded
+
+encode = msgspec.msgpack.Encoder().encode
+decode_inbound = msgspec.msgpack.Decoder(Inbound).decode
+decode_outbound = msgspec.msgpack.Decoder(Outbound).decode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode

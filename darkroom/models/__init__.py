@@ -1,0 +1,11 @@
+"""One file per model family. Adding a family is one file here, one line in `MODELS`, one builder in tests/tiny.py."""
+
+from .base import Component, Model, Sample
+from .qwen_image import QwenImage
+
+FAMILIES: tuple[type[Model], ...] = (QwenImage,)
+
+MODELS: dict[str, type[Model]] = {name: family for family in FAMILIES for name in family.pipelines}
+"""Family by the pipeline class that model_index.json names."""
+
+__all__ = ["MODELS", "Component", "Model", "Sample"]

@@ -1,0 +1,138 @@
+"""The contract between a model family's file and the engine.
+
+A family file borrows a diffusers pipeline's components and helper methods; the denoising loop is the engine's. Its
+module level needs no torch, so that the command line can read capabilities and plans at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.request import Request
+from darkroom.parallel.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    from darkroom.parallel.mesh import Mesh
+    from darkroom.parallel.spatial import PatchDecoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One folder of the checkpoint: which class runs it, and how it is cut over which ranks."""
+
+    module: str
+    """Where the class is defined; worker processes import it before they fork."""
+    name: str
+    """The class."""
+    plan: Plan = field(default_factory=Plan)
+    ranks: Literal["tp", "world", "vae"]
+    """`tp`: cut over the tensor-parallel axis. `world`: over all ranks. `vae`: whole, on the ranks that decode."""
+    section: str | None = None
+    """The part of config.json that describes the class, where the folder holds more than it."""
+    prefixes: Sequence[str] = ("",)
+    """What stands before the class's own parameter names in the checkpoint; keys with none of these are left out."""
+    leave_out: tuple[str, ...] = ()
+    """Prefixes of keys that the class has no use for."""
+
+    def rename(self, key: str) -> str | None:
+        """A checkpoint's key -> the parameter's name, or None for what the class has no use for."""
+        if key.startswith(self.leave_out):
+            return None
+        for prefix in self.prefixes:
+            if key.startswith(prefix):
+                return key.removeprefix(prefix)
+        return None
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One request in flight: what changes from step to step, and what its forward passes need."""
+
+    request: Request
+    latents: torch.Tensor
+    scheduler: Any
+    """This request's own scheduler object: some keep state from step to step."""
+    branches: list[dict[str, Any]]
+    """The transformer's conditioning, one set per guidance branch, the conditional first."""
+    text_tokens: int
+    estimate: torch.Tensor | None = None
+    """The clean latents as the last step saw them; kept for requests that want previews."""
+    step: int = 0
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        timestep: torch.Tensor = self.scheduler.timesteps[self.step]
+        return timestep
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.scheduler.timesteps)
+
+
+class Model(ABC):
+    """One family: its declarations, and the arithmetic that is its own."""
+
+    pipelines: ClassVar[tuple[str, ...]]
+    """diffusers' pipeline classes, as named in model_index.json."""
+    capabilities: ClassVar[Capabilities]
+    components: ClassVar[dict[str, Component]]
+
+    def __init__(self, pipe: DiffusionPipeline, mesh: Mesh, device: torch.device, *, use_tiling: bool = False) -> None:
+        """`pipe` holds this rank's parts; components that it does not need are None."""
+        self.pipe: Any = pipe
+        self.mesh = mesh
+        self.device = device
+        self.use_tiling = use_tiling
+        self.patches = self._patch_decoder()
+
+    def _patch_decoder(self) -> PatchDecoder | None:
+        """The VAE ready to decode this rank's rows; None where the rank takes no part."""
+        from darkroom.parallel.spatial import PatchDecoder
+
+        return PatchDecoder(self.pipe.vae, self.components["vae"].plan, self.mesh.vae) if self.mesh.vae else None
+
+    @abstractmethod
+    def prepare(self, request: Request) -> Sample:
+        """Encode the prompts, draw the noise, set the timesteps. Every rank gets the same sample."""
+
+    @abstractmethod
+    def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
+        """One forward pass of the transformer over a batch. -> [B, tokens, channels]"""
+
+    @abstractmethod
+    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Combine the branches' predictions for one sample, in the order of `sample.branches`."""
+
+    @abstractmethod
+    def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Latents of samples of one size -> pictures [B, 3, H, W] in [-1, 1], on the output rank; None elsewhere."""
+
+    def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
+        """[B, 3, H, W] in [-1, 1] -> PIL pictures, rounded as the stock pipeline does."""
+        images: list[Image.Image] = self.pipe.image_processor.postprocess(decoded, output_type="pil")
+        return images
+
+    def advance(self, sample: Sample, prediction: torch.Tensor) -> None:
+        """One step of the sample's scheduler along the guided prediction."""
+        if sample.request.partial_images:
+            sample.estimate = self.clean_estimate(sample, prediction)
+        sample.latents = sample.scheduler.step(prediction, sample.timestep, sample.latents, return_dict=False)[0]
+        sample.step += 1
+
+    def clean_estimate(self, sample: Sample, prediction: torch.Tensor) -> torch.Tensor:
+        """x0 under flow matching (https://arxiv.org/abs/2210.02747): x_t = (1 - sigma) x0 + sigma noise, and the
+        prediction is noise - x0."""
+        estimate: torch.Tensor = sample.latents - sample.scheduler.sigmas[sample.step] * prediction
+        return estimate.to(sample.latents.dtype)
+
+    def new_scheduler(self) -> Any:
+        return deepcopy(self.pipe.scheduler)

@@ -1,0 +1,83 @@
+"""A rank's part of a model: modules without weights, cut by their plans, then filled slice by slice."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from darkroom.configs.config import EngineConfig
+from darkroom.parallel.loading import load
+from darkroom.parallel.mesh import Axis, Mesh
+from darkroom.parallel.sequence import SequenceParallel
+from darkroom.parallel.tensor import shard
+
+from .base import Component, Model
+from .checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Model:
+    """This rank's `Model`. Raises `ConfigError` for a checkpoint that does not fit, ValueError for a wrong plan."""
+    parts: dict[str, nn.Module | None] = {}
+    for name, component in checkpoint.family.components.items():
+        axis = _axis(component, mesh)
+        parts[name] = _component(checkpoint, name, axis, device, dtype) if axis else None
+    _spread_attention(parts["transformer"], checkpoint.family.components["transformer"], config, mesh)
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not of the class it expects
+    pipe = DiffusionPipeline.from_pretrained(checkpoint.folder, local_files_only=True, **parts)
+    return checkpoint.family(pipe, mesh, device, use_tiling=config.vae_use_tiling)
+
+
+def _axis(component: Component, mesh: Mesh) -> Axis | None:
+    """The axis that cuts the component's weights; None where this rank holds nothing of it."""
+    match component.ranks:
+        case "tp":
+            return mesh.tp
+        case "world":
+            return mesh.world
+        case "vae":
+            return Axis("whole") if mesh.vae else None
+
+
+def _component(checkpoint: Checkpoint, name: str, axis: Axis, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    component, config = checkpoint.family.components[name], checkpoint.configs[name]
+    module = _empty(component, checkpoint.folder / name, config).eval().requires_grad_(False)
+    shard(module, component.plan, config, axis)
+    report = load(module, checkpoint.tensors(name), component.plan, config, axis, device, dtype)
+    module.to(device)  # buffers that are computed, not stored
+    logger.debug("%s: read %d numbers, holds %d", name, report.elements_read, report.elements_held)
+    return module
+
+
+def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The class with its parameters on the meta device; buffers that it computes are real."""
+    cls = getattr(importlib.import_module(component.module), component.name)
+    with init_empty_weights(include_buffers=False):
+        if component.module.startswith("diffusers."):
+            module: nn.Module = cls.from_config(config)
+        else:
+            hf_config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            module = cls._from_config(getattr(hf_config, component.section) if component.section else hf_config)
+    return module
+
+
+def _spread_attention(module: nn.Module | None, component: Component, config: EngineConfig, mesh: Mesh) -> None:
+    if module is None:
+        return
+    if mesh.sequence.size > 1:
+        SequenceParallel(module, component.plan, mesh, config.attention_backend)
+    elif config.attention_backend != "auto":
+        transformer: Any = module
+        transformer.set_attention_backend(config.attention_backend)

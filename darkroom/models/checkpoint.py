@@ -1,0 +1,170 @@
+"""MODEL as a folder: where it lies, which family runs it, whether it is whole, and what each rank would hold of it.
+
+Reads JSON files and the headers of safetensors files only: no torch, no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.config import EngineConfig
+from darkroom.configs.errors import ConfigError
+from darkroom.configs.parallel import ParallelConfig
+from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, read_headers
+
+from . import MODELS
+from .base import Component, Model
+
+DEMO = Path(__file__).parent / "demo"
+"""The small pipeline that is shipped with Darkroom."""
+
+_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the diffusers layout whose pipeline a family runs."""
+
+    folder: Path
+    family: type[Model]
+    capabilities: Capabilities
+
+    @classmethod
+    def open(cls, model: str, revision: str | None = None) -> Checkpoint:
+        """Raises ConfigError for what is no pipeline, or none that a family runs."""
+        folder = _locate(model, revision)
+        index = _read_json(folder / "model_index.json", f"'{model}' is no diffusers pipeline")
+        name = index.get("_class_name")
+        if name not in MODELS:
+            raise ConfigError(f"'{model}' is a {name}, which no model family runs; known: {', '.join(sorted(MODELS))}")
+        family = MODELS[name]
+        for part in [*family.components, "scheduler"]:
+            if not (folder / part).is_dir():
+                raise ConfigError(f"'{model}' is incomplete: the folder {part}/ is missing")
+        return cls(folder, family, _capabilities(family, folder))
+
+    @cached_property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """config.json by component: the section that describes its class."""
+        return {name: self._config(name, component) for name, component in self.family.components.items()}
+
+    def _config(self, name: str, component: Component) -> Mapping[str, Any]:
+        config = _read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
+        section: Mapping[str, Any] = config.get(component.section, config) if component.section else config
+        return section
+
+    def tensors(self, name: str) -> dict[str, Stored]:
+        """A component's parameters as its safetensors files hold them, by the class's own names."""
+        return read_headers(find_weights(self.folder / name), self.family.components[name].rename)
+
+    def check(self, config: ParallelConfig) -> None:
+        """Raises ConfigError for degrees that this model cannot be spread by, with what would work."""
+        for axis, degree in {**config.axes, "vae": config.vae_patch_parallel_size}.items():
+            if degree > 1 and axis not in self.capabilities.axes:
+                raise ConfigError(
+                    f"{self.capabilities.family} has no plan for {axis} parallelism; "
+                    f"it has: {', '.join(self.capabilities.axes)}"
+                )
+        branches = self.capabilities.guidance_branches
+        if config.cfg_parallel_size not in (1, branches):
+            raise ConfigError(
+                f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} has {branches} guidance branches; "
+                f"use --cfg 1 or --cfg {branches}"
+            )
+        heads = int(self.configs["transformer"]["num_attention_heads"])
+        used = config.tensor_parallel_size * config.ulysses_degree
+        if used > heads:
+            raise ConfigError(
+                f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, and "
+                f"the transformer has {heads}; use a product of at most {heads}, and --ring for more ranks"
+            )
+
+    def footprint(self, config: ParallelConfig, dtype: str) -> list[dict[str, int]]:
+        """Bytes of weights by rank and component."""
+        tensors = {name: self.tensors(name) for name in self.family.components}
+        ranks: list[dict[str, int]] = []
+        for rank in range(config.world_size):
+            held = {}
+            for name, component in self.family.components.items():
+                size, place = _share(component, config, rank)
+                plan, section = component.plan, self.configs[name]
+                held[name] = elements_per_rank(tensors[name], plan, section, size, place) * _BYTES[dtype] if size else 0
+            ranks.append(held)
+        return ranks
+
+
+def open_checkpoint(config: EngineConfig) -> Checkpoint:
+    """The checked checkpoint of a command's configuration. Raises `ConfigError`."""
+    checkpoint = Checkpoint.open(config.model, config.revision)
+    checkpoint.check(config)
+    if config.ring_degree > 1 and config.attention_backend != "auto":
+        raise ConfigError(
+            f"--attention-backend {config.attention_backend} with --ring {config.ring_degree}: ring attention needs "
+            "a kernel's log-sum-exp and chooses the kernel itself; leave the backend at auto, or use --usp"
+        )
+    return checkpoint
+
+
+def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int, int]:
+    """(ranks that the component is cut over, this one's place among them); (0, 0) where it holds nothing."""
+    match component.ranks:
+        case "tp":
+            return config.tensor_parallel_size, rank % config.tensor_parallel_size
+        case "world":
+            return config.world_size, rank
+        case "vae":
+            return (1, 0) if rank < config.vae_size else (0, 0)
+
+
+def _locate(model: str, revision: str | None) -> Path:
+    if model == "demo":
+        return DEMO
+    if (folder := Path(model).expanduser()).is_dir():
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ConfigError(f"'{model}' is no folder, and no hub id such as Qwen/Qwen-Image; 'demo' always works")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """The hub's snapshot, from the cache where it is whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"'{model}' is no folder here, and the hub did not give it: {reason}") from None
+
+
+def _capabilities(family: type[Model], folder: Path) -> Capabilities:
+    file = folder / "darkroom.json"
+    if not file.is_file():
+        return family.capabilities
+    try:
+        return family.capabilities.override(_read_json(file, ""))
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise ConfigError(f"{file.name}: '{first['loc'][0]}': {first['msg']}") from None
+
+
+def _read_json(file: Path, trouble: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"{trouble}: {file.parent.name}/{file.name} is missing")
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as e:
+        raise ConfigError(f"{file.parent.name}/{file.name} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file.parent.name}/{file.name} holds no JSON object")
+    return value

@@ -1,0 +1,1 @@
+"""How a module or a loop is spread over ranks. Knows no model by name."""

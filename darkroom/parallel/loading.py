@@ -1,0 +1,201 @@
+"""Weights from safetensors, slice by slice: a rank reads only its part, straight to its device, in parallel streams.
+
+No rank ever holds a whole component that is cut. The functions that only look at headers need no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from darkroom.configs.errors import ConfigError
+
+from .plan import Cut, Plan, cut_parameter, style_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .mesh import Axis
+
+_INDEX = ".safetensors.index.json"
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+_THREADS = 8
+"""Streams that read one component; more do not help an NVMe disk or a PCIe link."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as a checkpoint holds it."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What reading a component took: numbers of elements, for tests and logs."""
+
+    elements_read: int
+    elements_held: int
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files of one component: those of its index, or its only file. Raises `ConfigError`."""
+    if indices := sorted(folder.glob(f"*{_INDEX}")):
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))[:1]
+    if not files:
+        raise ConfigError(f"'{folder.name}' holds no safetensors file: Darkroom reads no other format")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ConfigError(f"'{folder.name}' lacks {missing[0]}, which its index names")
+    return files
+
+
+def read_headers(files: Iterable[Path], rename: Callable[[str], str | None]) -> dict[str, Stored]:
+    """Parameter name -> tensor. `rename` maps a checkpoint's key to a parameter's name, or to None to leave it out.
+
+    Raises `ConfigError` naming a file that is corrupt or cut off.
+    """
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as opened:
+                for key in opened.keys():  # noqa: SIM118 - not a mapping
+                    if name := rename(key):
+                        tensors[name] = Stored(file, key, tuple(opened.get_slice(key).get_shape()))
+        except (SafetensorError, OSError) as e:
+            raise ConfigError(f"{file.parent.name}/{file.name} is not a whole safetensors file: {e}") from None
+    return tensors
+
+
+def elements_per_rank(
+    tensors: Mapping[str, Stored], plan: Plan, config: Mapping[str, Any], size: int, rank: int
+) -> int:
+    """How many numbers `rank` of `size` will hold of a component."""
+    total = 0
+    for name, stored in tensors.items():
+        cut = cut_stored(stored, name, plan, config, size, rank)
+        total += math.prod(cut.shape(stored.shape) if cut else stored.shape)
+    return total
+
+
+def cut_stored(stored: Stored, name: str, plan: Plan, config: Mapping[str, Any], size: int, rank: int) -> Cut | None:
+    path, _, leaf = name.rpartition(".")
+    return cut_parameter(style_of(plan, path), leaf, stored.shape, config, size, rank)
+
+
+def load(
+    module: nn.Module,
+    tensors: Mapping[str, Stored],
+    plan: Plan,
+    config: Mapping[str, Any],
+    axis: Axis,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Report:
+    """Fill the parameters of `module`, which are on the meta device, with this rank's part of the checkpoint.
+
+    Raises ConfigError for a parameter that the checkpoint does not hold, or holds in another shape.
+    """
+    import torch
+
+    wanted = {**dict(module.named_parameters()), **_meta_buffers(module)}
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ConfigError(f"the checkpoint has no '{missing[0]}' for {type(module).__name__} ({len(missing)} missing)")
+    open_files = threading.local()
+    read = 0
+
+    def fill(name: str) -> int:
+        stored = tensors[name]
+        cut = cut_stored(stored, name, plan, config, axis.size, axis.rank)
+        local = cut.shape(stored.shape) if cut else stored.shape
+        if local != tuple(wanted[name].shape):
+            raise ConfigError(
+                f"'{name}' is {list(stored.shape)} in {stored.file.name}, but {type(module).__name__} "
+                f"expects {list(wanted[name].shape)} on this rank: config.json does not fit the weights"
+            )
+        value = _read(_opened(open_files, stored.file), stored, cut, device, dtype)
+        _assign(module, name, value)
+        return cut.stored(stored.shape) if cut else math.prod(stored.shape)
+
+    with ThreadPoolExecutor(_THREADS if device.type == "cuda" else 1) as pool:
+        read = sum(pool.map(_on_own_stream(fill, device), wanted))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Report(read, sum(parameter.numel() for parameter in module.parameters()))
+
+
+def _meta_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_meta}
+
+
+def _opened(open_files: threading.local, file: Path) -> Any:
+    """The file as this thread has it open."""
+    if not hasattr(open_files, "by_path"):
+        open_files.by_path = {}
+    if file not in open_files.by_path:
+        open_files.by_path[file] = safe_open(file, framework="pt")
+    return open_files.by_path[file]
+
+
+def _read(opened: Any, stored: Stored, cut: Cut | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Only the wanted runs are touched on disk; each goes to the device before they are joined there."""
+    import torch
+
+    view = opened.get_slice(stored.key)
+
+    def to_device(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device=device, dtype=dtype if x.is_floating_point() else x.dtype)
+
+    if cut is None:
+        return to_device(view[...])
+    parts = []
+    for run in cut.runs(stored.shape[cut.dim]):
+        if isinstance(run, int):
+            shape = list(stored.shape)
+            shape[cut.dim] = run
+            parts.append(torch.zeros(shape, device=device, dtype=dtype))
+        else:
+            rows = slice(*run)
+            parts.append(to_device(view[rows] if cut.dim == 0 else view[:, rows]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, cut.dim)
+
+
+def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    from torch import nn
+
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
+
+
+def _on_own_stream(fill: Callable[[str], int], device: torch.device) -> Callable[[str], int]:
+    """Let each thread copy on a CUDA stream of its own, so that the copies overlap."""
+    import torch
+
+    if device.type != "cuda":
+        return fill
+    streams = threading.local()
+
+    def filled(name: str) -> int:
+        if not hasattr(streams, "mine"):
+            streams.mine = torch.cuda.Stream(device)
+        with torch.cuda.stream(streams.mine):
+            return fill(name)
+
+    return filled

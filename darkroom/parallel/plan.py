@@ -1,0 +1,235 @@
+"""The vocabulary of plans: how one component class is cut. Plain frozen data, without torch.
+
+A plan is applied from outside to an unmodified module. Keys are module paths; `*` stands for one name of the path
+(every element of a ModuleList), and `""` is the module itself. A key that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+# ---- tensor parallelism ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A dimension made of attention heads, which are never cut apart.
+
+    `count` is the config key of the number of (query) heads. Heads that the ranks do not divide are filled up with
+    heads of zeros, which add exactly nothing. With grouped-query attention, `kv_count` is the key of the number of
+    key/value heads; they are repeated on as many ranks as need them. Dots in a key descend into the config.
+    """
+
+    count: str
+    kv_count: str | None = None
+
+
+@dataclass(frozen=True)
+class Colwise:
+    """Cut a linear layer's output features. `gather` puts them together again behind the layer."""
+
+    heads: Heads | None = None
+    is_kv: bool = False
+    gather: bool = False
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """Cut a linear layer's input features; the ranks' partial outputs are summed. The bias is added once."""
+
+    heads: Heads | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingColumns:
+    """Cut an embedding table's features; the looked-up rows are gathered."""
+
+
+@dataclass(frozen=True)
+class KeyValueGroups:
+    """Set the module's attribute `name` to the query heads per key/value head that this rank holds."""
+
+    heads: Heads
+    name: str
+
+
+TensorStyle = Colwise | Rowwise | EmbeddingColumns | KeyValueGroups
+
+# ---- sequence parallelism --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceParallelInput:
+    """Keep this rank's part of a tensor along `split_dim`.
+
+    Under a string key: the module's input of that name. Under an integer key, with `split_output`: that element of
+    the module's output. Tensors of another rank than `expected_dims`, and None, pass as they are.
+    """
+
+    split_dim: int
+    expected_dims: int | None = None
+    split_output: bool = False
+    auto_pad: bool = True
+    """Allow a length that the ranks do not divide. Sizes are a function of the length alone, so the first ranks
+    simply get one token more: no padding, no mask. False makes such a length an error."""
+    stream: bool = False
+    """These tokens are attended over: the joint sequence of attention is all streams, one behind the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceParallelOutput:
+    """Put a module's output together again along `gather_dim`."""
+
+    gather_dim: int
+    expected_dims: int | None = None
+    stream: str | None = None
+    """The stream whose length the output has; by default the first in the plan."""
+
+
+SequenceRule = Mapping[str | int, SequenceParallelInput] | SequenceParallelOutput
+
+# ---- the plan --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one component is cut. An empty part means that the component has no such plan."""
+
+    tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
+    sequence: Mapping[str, SequenceRule] = field(default_factory=dict)
+    whole_rows: Sequence[str] = ()
+    """Spatial parallelism: modules that need all rows of the picture at once, such as attention."""
+    spatial: str | None = None
+    """Spatial parallelism: the submodule whose convolutions exchange rows; None where there is no such plan."""
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a plan's key names the module at `path`."""
+    return _regex(pattern).fullmatch(path) is not None
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+
+
+# ---- which part of a tensor a rank keeps -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A rank's part of a tensor: some of the `count` equal units of dimension `dim`, in order. None is zeros."""
+
+    dim: int
+    units: tuple[int | None, ...]
+    count: int
+
+    def runs(self, length: int) -> Iterator[tuple[int, int] | int]:
+        """The part as (start, stop) ranges of a dimension of `length` elements; a bare number is that many zeros."""
+        size = length // self.count
+        start: int | None = None
+        for i, unit in enumerate(self.units):
+            following = self.units[i + 1] if i + 1 < len(self.units) else None
+            if unit is None:
+                yield size
+                continue
+            start = unit if start is None else start
+            if following != unit + 1:
+                yield start * size, (unit + 1) * size
+                start = None
+
+    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
+        local = list(whole)
+        local[self.dim] = local[self.dim] // self.count * len(self.units)
+        return tuple(local)
+
+    def stored(self, whole: Sequence[int]) -> int:
+        """How many elements of the stored tensor are read."""
+        return math.prod(whole) // self.count * sum(unit is not None for unit in self.units)
+
+
+def chunk_sizes(length: int, parts: int) -> list[int]:
+    """Sizes of `length` tokens, rows or features over `parts` ranks: a function of the numbers alone."""
+    base, more = divmod(length, parts)
+    return [base + (i < more) for i in range(parts)]
+
+
+def style_of(plan: Plan, path: str) -> TensorStyle | None:
+    """How the linear layer or embedding at `path` is cut; None: every rank holds it whole."""
+    for pattern, style in plan.tensor.items():
+        if not isinstance(style, KeyValueGroups) and matches(pattern, path):
+            return style
+    return None
+
+
+def cut_parameter(
+    style: TensorStyle | None, name: str, shape: Sequence[int], config: Mapping[str, Any], size: int, rank: int
+) -> Cut | None:
+    """The part of parameter `name` (`weight` or `bias`) that `rank` of `size` keeps; None for all of it."""
+    if style is None or size == 1:
+        return None
+    match style:
+        case Colwise(heads=heads, is_kv=is_kv):
+            return _cut(0, shape, heads, is_kv, config, size, rank)
+        case Rowwise() if name == "bias":
+            return None if rank == 0 else Cut(0, (None,), 1)  # the sum over the ranks holds it once
+        case Rowwise(heads=heads):
+            return _cut(1, shape, heads, False, config, size, rank)
+        case EmbeddingColumns():
+            return _cut(1, shape, None, False, config, size, rank)
+    return None
+
+
+def _cut(
+    dim: int, shape: Sequence[int], heads: Heads | None, is_kv: bool, config: Mapping[str, Any], size: int, rank: int
+) -> Cut:
+    if heads is None:
+        return Cut(dim, _padded_chunk(shape[dim], size, rank), shape[dim])
+    queries, key_values = head_layout(heads, config, size, rank)
+    count = lookup(config, (heads.kv_count or heads.count) if is_kv else heads.count)
+    return Cut(dim, key_values if is_kv else queries, count)
+
+
+def head_layout(
+    heads: Heads, config: Mapping[str, Any], size: int, rank: int
+) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+    """The query heads and the key/value heads of one rank.
+
+    Every rank gets the same number of query heads per key/value head. Where the ranks outnumber the key/value heads
+    evenly, each group of query heads is filled up and shared by several ranks; where they fit neither way, every
+    query head brings a copy of its key/value head.
+    """
+    queries = lookup(config, heads.count)
+    groups = lookup(config, heads.kv_count) if heads.kv_count else queries
+    per_group = queries // groups
+    if heads.kv_count is None or groups == queries:
+        mine = _padded_chunk(queries, size, rank)
+        return mine, mine
+    if groups % size == 0:
+        kept = groups // size
+        first = rank * kept
+        return tuple(range(first * per_group, (first + kept) * per_group)), tuple(range(first, first + kept))
+    if size % groups == 0:
+        group, part = divmod(rank, size // groups)
+        inside = _padded_chunk(per_group, size // groups, part)
+        return tuple(None if head is None else group * per_group + head for head in inside), (group,)
+    mine = _padded_chunk(queries, size, rank)
+    return mine, tuple(None if head is None else head // per_group for head in mine)
+
+
+def _padded_chunk(count: int, size: int, rank: int) -> tuple[int | None, ...]:
+    width = -(-count // size)
+    return tuple(i if i < count else None for i in range(rank * width, (rank + 1) * width))
+
+
+def lookup(config: Mapping[str, Any], key: str) -> int:
+    """A number of the component's config; dots descend."""
+    value: Any = config
+    for name in key.split("."):
+        value = value[name]
+    return int(value)

@@ -1,0 +1,177 @@
+"""Sequence parallelism: split and gather tensors at module boundaries as the plan says, attend across ranks between.
+
+The token counts of every rank follow from the whole length (`chunk_sizes`), so uneven lengths need neither padding
+nor an exchange of sizes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from torch import nn
+
+from .attention import attend, sdpa
+from .mesh import Axis, Mesh
+from .plan import Plan, SequenceParallelInput, SequenceParallelOutput, chunk_sizes, matches
+
+
+def sp_shard(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    """This rank's part of `x` along `dim`."""
+    return x.split(chunk_sizes(x.shape[dim], axis.size), dim)[axis.rank]
+
+
+def sp_gather(x: torch.Tensor, dim: int, axis: Axis, length: int) -> torch.Tensor:
+    """The whole tensor of `length` along `dim`, of which `x` is this rank's part."""
+    return axis.all_gather(x, dim, chunk_sizes(length, axis.size))
+
+
+class SequenceParallel:
+    """One module under sequence parallelism: its hooks, and the stream lengths of the forward pass under way."""
+
+    def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh, backend: str = "auto") -> None:
+        self.mesh = mesh
+        self.local = (
+            sdpa if backend == "auto" else partial(dispatch_attention_fn, backend=AttentionBackendName(backend))
+        )
+        self.axis = mesh.sequence
+        self.lengths: dict[str, int] = {}
+        """Whole token count by stream, in the plan's order."""
+        self._apply(module, plan)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Joint attention over all streams of all ranks. [B, s, H, D]; `mask` [B, s] is over this rank's keys."""
+        parts = [chunk_sizes(length, self.axis.size) for length in self.lengths.values()]
+        sizes = [sum(stream) for stream in zip(*parts, strict=True)]
+        if query.shape[1] != sizes[self.axis.rank]:
+            raise RuntimeError(
+                f"attention over {query.shape[1]} tokens, but the streams {self.lengths} give this rank "
+                f"{sizes[self.axis.rank]}: the plan lacks a stream, or covers a module that it should not"
+            )
+        return attend(query, key, value, mask, scale, sizes, self.mesh.ulysses, self.mesh.ring, self.local)
+
+    def _apply(self, module: nn.Module, plan: Plan) -> None:
+        name = type(module).__name__
+        if not plan.sequence:
+            raise ValueError(f"{name} has no sequence-parallel plan, but {self.axis.size} ranks were asked for")
+        streams = [key for rule in plan.sequence.values() for key in _streams(rule)]
+        if not streams:
+            raise ValueError(f"the sequence plan of {name} marks no input as a stream")
+        for pattern, rule in plan.sequence.items():
+            found = [child for path, child in module.named_modules() if matches(pattern, path)]
+            if not found:
+                raise ValueError(f"the plan names '{pattern}', but {name} has no such module")
+            for child in found:
+                if isinstance(rule, SequenceParallelOutput):
+                    self._gather_output(child, rule, streams[0])
+                else:
+                    self._split(child, pattern, rule)
+        _connect_attention(module, self)
+
+    def _split(self, module: nn.Module, pattern: str, rule: Mapping[str | int, SequenceParallelInput]) -> None:
+        inputs = {key: entry for key, entry in rule.items() if isinstance(key, str) and not entry.split_output}
+        outputs = {key: entry for key, entry in rule.items() if isinstance(key, int) and entry.split_output}
+        if len(inputs) + len(outputs) != len(rule):
+            raise ValueError(f"the plan of '{pattern}': names are inputs, numbers are outputs (split_output=True)")
+        signature = inspect.signature(type(module).forward)
+        if unknown := [key for key in inputs if key not in signature.parameters]:
+            raise ValueError(f"the plan splits '{unknown[0]}' of '{pattern}', but its forward has no such input")
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            bound = signature.bind(_module, *args, **kwargs)
+            for key, entry in inputs.items():
+                if bound.arguments.get(key) is not None:
+                    bound.arguments[key] = self._shard(bound.arguments[key], key, entry)
+            return bound.args[1:], bound.kwargs
+
+        def after(_module: nn.Module, _args: Any, out: Any) -> Any:
+            parts = [out] if isinstance(out, torch.Tensor) else list(out)
+            for key, entry in outputs.items():
+                parts[key] = self._shard(parts[key], f"output {key} of {pattern}", entry)
+            return parts[0] if isinstance(out, torch.Tensor) else type(out)(parts)
+
+        if inputs:
+            module.register_forward_pre_hook(before, with_kwargs=True)
+        if outputs:
+            module.register_forward_hook(after)
+
+    def _shard(self, x: torch.Tensor, name: str, entry: SequenceParallelInput) -> torch.Tensor:
+        if entry.expected_dims is not None and x.ndim != entry.expected_dims:
+            return x
+        length = x.shape[entry.split_dim]
+        if not entry.auto_pad and length % self.axis.size:
+            raise ValueError(f"'{name}' has {length} tokens, not divisible by {self.axis.size} ranks, and no auto_pad")
+        if entry.stream:
+            self.lengths[name] = length
+        return sp_shard(x, entry.split_dim, self.axis)
+
+    def _gather_output(self, module: nn.Module, rule: SequenceParallelOutput, first_stream: str) -> None:
+        stream = rule.stream or first_stream
+
+        def after(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
+            if rule.expected_dims is not None and out.ndim != rule.expected_dims:
+                return out
+            return sp_gather(out, rule.gather_dim, self.axis, self.lengths[stream])
+
+        module.register_forward_hook(after)
+
+
+def _streams(rule: Any) -> list[str]:
+    return [] if isinstance(rule, SequenceParallelOutput) else [str(key) for key, entry in rule.items() if entry.stream]
+
+
+# ---- diffusers' attention dispatcher -----------------------------------------------------------------------------
+# A processor hands its `_parallel_config` on to the function registered for its `_attention_backend`. So a backend of
+# our own, registered once beside diffusers' own, gets the `SequenceParallel` of the very module that attends.
+
+_BACKEND = "darkroom_sequence_parallel"
+
+
+def _connect_attention(module: nn.Module, parallel: SequenceParallel) -> None:
+    processors = {path: child.processor for path, child in module.named_modules() if hasattr(child, "processor")}
+    if not processors:
+        raise ValueError(f"{type(module).__name__} has no attention processor to give the parallel object to")
+    backend = _registered_backend()
+    for path, processor in processors.items():
+        if not hasattr(processor, "_parallel_config"):  # it would attend over this rank's tokens only: silently wrong
+            raise ValueError(f"'{path}' attends with {type(processor).__name__}, which takes no parallel object")
+        processor._parallel_config = parallel
+        processor._attention_backend = backend
+
+
+def _registered_backend() -> AttentionBackendName:
+    members = AttentionBackendName._value2member_map_
+    if _BACKEND not in members:
+        member = str.__new__(AttentionBackendName, _BACKEND)
+        member._name_, member._value_ = _BACKEND.upper(), _BACKEND
+        members[_BACKEND] = member
+        _AttentionBackendRegistry.register(member)(_dispatched)
+    return members[_BACKEND]
+
+
+def _dispatched(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    _parallel_config: SequenceParallel | None = None,
+) -> torch.Tensor:
+    if _parallel_config is None:
+        raise RuntimeError("attention was dispatched to sequence parallelism without its parallel object")
+    if attn_mask is not None and attn_mask.ndim == 4:
+        if attn_mask.shape[1:3] != (1, 1):
+            raise NotImplementedError(f"a mask of shape {tuple(attn_mask.shape)}: only masks of keys can be spread")
+        attn_mask = attn_mask[:, 0, 0]
+    return _parallel_config.attend(query, key, value, attn_mask, scale)

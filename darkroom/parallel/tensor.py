@@ -1,0 +1,64 @@
+"""Tensor parallelism: shrink the layers that the plan names, and add the collectives behind them.
+
+Applied to a module whose parameters are still on the meta device; `loading` then reads each rank's part. The scheme
+is that of Megatron-LM (https://arxiv.org/abs/1909.08053), with two additions: heads that the ranks do not divide are
+filled up with zeros, and modulation layers are cut too and their small outputs gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .mesh import Axis
+from .plan import (
+    Colwise,
+    EmbeddingColumns,
+    KeyValueGroups,
+    Plan,
+    Rowwise,
+    TensorStyle,
+    cut_parameter,
+    head_layout,
+    matches,
+)
+
+
+def shard(module: nn.Module, plan: Plan, config: Mapping[str, Any], axis: Axis) -> None:
+    """Cut `module` for this rank of `axis`. Raises ValueError for a plan that does not fit the module."""
+    if axis.size == 1:
+        return
+    if not plan.tensor:
+        raise ValueError(
+            f"{type(module).__name__} has no tensor-parallel plan, but {axis.name}={axis.size} was asked for"
+        )
+    children = dict(module.named_modules())
+    for pattern, style in plan.tensor.items():
+        found = [child for path, child in children.items() if matches(pattern, path)]
+        if not found:
+            raise ValueError(f"the plan names '{pattern}', but {type(module).__name__} has no such module")
+        for child in found:
+            _shard_one(child, style, config, axis)
+
+
+def _shard_one(module: nn.Module, style: TensorStyle, config: Mapping[str, Any], axis: Axis) -> None:
+    if isinstance(style, KeyValueGroups):
+        queries, key_values = head_layout(style.heads, config, axis.size, axis.rank)
+        setattr(module, style.name, len(queries) // len(key_values))
+        return
+    whole_width = next(module.parameters()).shape[1 if isinstance(style, EmbeddingColumns) else 0]
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if cut := cut_parameter(style, name, parameter.shape, config, axis.size, axis.rank):
+            setattr(module, name, nn.Parameter(parameter.new_empty(cut.shape(parameter.shape)), requires_grad=False))
+    if isinstance(style, Rowwise):
+        module.register_forward_hook(lambda _module, _args, out: axis.all_reduce(out))
+    elif isinstance(style, EmbeddingColumns) or (isinstance(style, Colwise) and style.gather):
+        module.register_forward_hook(lambda _module, _args, out: _gather_features(out, whole_width, axis))
+
+
+def _gather_features(x: torch.Tensor, width: int, axis: Axis) -> torch.Tensor:
+    """[..., this rank's features] -> [..., width]; what was filled up comes last and is left out."""
+    return axis.all_gather(x, x.ndim - 1).narrow(-1, 0, width)
