@@ -1,0 +1,25 @@
+"""Tiny checkpoints, built once per run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the server's processes; the machine is shared
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Qwen-Image with 4 heads, and with 5, which no number of ranks divides."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "four_heads": tiny.qwen_image(root / "four_heads"),
+        "five_heads": tiny.qwen_image(root / "five_heads", heads=5, encoder_heads=6, encoder_kv_heads=2),
+    }

@@ -1,0 +1,70 @@
+"""Run requests through the engine's own code in this process, or on ranks, and give back what came out as floats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darkroom.configs import EngineConfig, ParallelConfig, Request
+from darkroom.engine.messages import Decode, Prepare
+from darkroom.engine.worker import Worker
+from darkroom.models.build import build
+from darkroom.models.checkpoint import open_checkpoint
+from darkroom.parallel.mesh import Mesh
+
+TOLERANCE = 1e-5
+"""fp32 over gloo: what a different order of summation may change."""
+
+Outputs = dict[str, tuple[Tensor, Tensor | None]]
+"""Latents [1, S, C] and, on the output rank, the decoded picture [1, 3, H, W], by request."""
+
+
+def request(prompt: str = "a red circle", **values: Any) -> Request:
+    defaults: dict[str, Any] = {
+        "negative_prompt": " ",
+        "width": 112,
+        "height": 80,
+        "num_inference_steps": 3,
+        "true_cfg_scale": 4.0,
+        "max_sequence_length": 512,
+        "seed": 0,
+    }
+    return Request(prompt=prompt, **{**defaults, **values})
+
+
+@contextmanager
+def worker(folder: Path, parallel: ParallelConfig, rank: int = 0, device: str = "cpu") -> Iterator[Worker]:
+    """A rank's worker with the checkpoint loaded in fp32."""
+    config = EngineConfig.model_validate(
+        {"model": str(folder), "device": device, "dtype": "float32", **parallel.model_dump()}
+    )
+    with torch.inference_mode():
+        yield Worker(build(open_checkpoint(config), config, Mesh(config, rank), torch.device(device), torch.float32))
+
+
+def generate(worker: Worker, requests: Sequence[Request], *, batched: bool = False) -> Outputs:
+    """All requests in flight at once: their steps take turns, or share forward passes."""
+    ids = tuple(str(i) for i in range(len(requests)))
+    worker.execute(Prepare(ids=ids, requests=tuple(requests)))
+    samples = [worker.samples[id] for id in ids]
+    while open_samples := [sample for sample in samples if sample.step < sample.num_steps]:
+        for group in [open_samples] if batched else [[sample] for sample in open_samples]:
+            worker.step(group)
+    return {id: (worker.samples[id].latents, worker.decode(Decode(ids=(id,)))) for id in ids}
+
+
+def difference(outputs: Outputs, expected: Outputs) -> float:
+    """The largest difference of any number, latents and pictures alike; infinite where one is missing or not finite."""
+    worst = 0.0
+    for id, (latents, picture) in expected.items():
+        got_latents, got_picture = outputs[id]
+        for got, want in ((got_latents, latents), (got_picture, picture)):
+            if want is None or got is None or not torch.isfinite(got).all():
+                return float("inf")
+            worst = max(worst, float((got - want).abs().max()))
+    return worst
