@@ -34,7 +34,7 @@ class EngineConfig(ParallelConfig):
     """Which model, on what, how spread."""
 
     model: CliPositionalArg[str] = Field(
-        min_length=1, description="a hub id such as Qwen/Qwen-Image, a folder in the diffusers layout, or 'demo'"
+        min_length=1, description="a hub id such as owner/name, a folder in the diffusers layout, or 'demo'"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the hub repository")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes CUDA where there is a GPU")
@@ -45,8 +45,16 @@ class EngineConfig(ParallelConfig):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
     max_queue: int = Field(256, ge=1, description="requests that may wait; the next one is answered 429")
     step_timeout: float = Field(
-        600.0, gt=0, description="seconds after which a worker that does not answer is taken for hung"
+        600.0, gt=0, le=86_400, description="seconds after which a worker that does not answer is taken for hung"
     )
+
+    @classmethod
+    def check(cls, values: dict[str, Any]) -> Self:
+        """The configuration of these values. Raises `ConfigError` with one line."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as e:
+            raise ConfigError(_first_line(e)) from None
 
 
 class _CommandLine(BaseSettings):
@@ -96,13 +104,15 @@ class ServeConfig(EngineConfig, _CommandLine):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
     port: int = Field(8000, ge=0, le=65535, description="0 takes any free port")
     served_model_name: str | None = Field(
-        None, min_length=1, description="the model's id in the API; its name as given, if not set"
+        None, min_length=1, description="the model's id in the API, by default the hub id or the folder's name"
     )
     omni: bool = Field(False, description="accepted and without effect: commands for vLLM-Omni work as they are")
 
     @property
     def served_name(self) -> str:
-        return self.served_model_name or self.model
+        """The model's id in the API. A folder's own name: clients are not told paths of the server."""
+        folder = Path(self.model).expanduser()
+        return self.served_model_name or (folder.resolve().name if folder.is_dir() else self.model)
 
 
 class GenerateConfig(EngineConfig, _CommandLine):
@@ -146,7 +156,7 @@ def _read_yaml(cls: type[_CommandLine], arguments: list[str]) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ConfigError(f"--config {path}: cannot be read: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected keys and values, such as 'usp: 2'")
@@ -157,25 +167,30 @@ def _read_yaml(cls: type[_CommandLine], arguments: list[str]) -> dict[str, Any]:
 
 
 def _names(cls: type[_CommandLine]) -> dict[str, str]:
-    """Every spelling of every field, with dashes -> the spelling that the validation takes."""
+    """Every spelling of every flag, with dashes -> the spelling that the validation takes."""
     names = {}
     for name, field in cls.model_fields.items():
-        choices = getattr(field.validation_alias, "choices", [name])
-        names.update({str(alias).replace("_", "-"): str(choices[0]) for alias in (name, *choices)})
+        if name == "config" or field.is_required():  # what is required are MODEL and PROMPT, which are no flags
+            continue
+        alias = str(field.validation_alias or name)
+        names.update({spelling.replace("_", "-"): alias for spelling in (name, alias)})
     return names
 
 
 def _option(arguments: list[str], flag: str) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-    return None
+    """The value of the last of these flags, as argparse takes it."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == flag:
+            value = following
+        elif argument.startswith(f"{flag}="):
+            value = argument.removeprefix(f"{flag}=")
+    return value
 
 
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    flag = "--" + str(first["loc"][-1]).replace("_", "-") if first["loc"] else "arguments"
+    name = str(first["loc"][-1]).replace("_", "-")
+    flag = f"--{name}" if len(name) > 1 else f"-{name}"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{flag} {first['input']!r}: {message}" if first["type"] != "missing" else f"{flag} is missing"
+    return f"{flag} {first['input']!r}: {message}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import version
+from itertools import takewhile
 
 import pynvml
 
@@ -15,13 +16,20 @@ def cuda_devices() -> int:
     """How many GPUs a worker could use: 0 without a driver, or with torch's CPU build."""
     if "+cpu" in version("torch"):
         return 0
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     try:
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetCount())
+        present = int(pynvml.nvmlDeviceGetCount())
     except pynvml.NVMLError:
         return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return present if visible is None else _visible(visible, present)
+
+
+def _visible(names: str, present: int) -> int:
+    """How many devices CUDA_VISIBLE_DEVICES leaves: CUDA reads indices and UUIDs up to the first that it cannot use."""
+    indices = {str(i) for i in range(present)}
+    usable = (name.strip() in indices or name.strip().startswith(("GPU-", "MIG-")) for name in names.split(","))
+    return sum(takewhile(bool, usable))
 
 
 def resolve_device(config: EngineConfig) -> EngineConfig:
@@ -36,6 +44,11 @@ def resolve_device(config: EngineConfig) -> EngineConfig:
         )
     dtype = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
     return config.model_copy(update={"device": device, "dtype": dtype})
+
+
+def torch_threads(workers: int) -> int:
+    """CPU threads for each of `workers` processes: OMP_NUM_THREADS if it is set, else an equal share of the cores."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def worker_environment() -> dict[str, str]:

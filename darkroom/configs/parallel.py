@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
-def _degree(short: str, long: str, description: str) -> int:
-    field: int = Field(1, ge=1, validation_alias=AliasChoices(short, long), description=description)
+def _degree(short: str, description: str) -> int:
+    field: int = Field(1, ge=1, validation_alias=short, description=description)
     return field
 
 
@@ -15,15 +15,11 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    cfg_parallel_size: int = _degree(
-        "cfg", "cfg-parallel-size", "ranks that share the branches of classifier-free guidance"
-    )
-    ring_degree: int = _degree("ring", "ring-degree", "ranks of ring attention (keys and values travel)")
-    ulysses_degree: int = _degree("usp", "ulysses-degree", "ranks of Ulysses attention (heads are exchanged)")
-    tensor_parallel_size: int = _degree("tp", "tensor-parallel-size", "ranks that share every layer's weights")
-    vae_patch_parallel_size: int = _degree(
-        "vae-pp", "vae-patch-parallel-size", "ranks that decode one picture; at most the DiT group"
-    )
+    cfg_parallel_size: int = _degree("cfg", "ranks that share the branches of classifier-free guidance")
+    ring_degree: int = _degree("ring", "ranks of ring attention (keys and values travel)")
+    ulysses_degree: int = _degree("usp", "ranks of Ulysses attention (heads are exchanged)")
+    tensor_parallel_size: int = _degree("tp", "ranks that share every layer's weights")
+    vae_patch_parallel_size: int = _degree("vae-pp", "ranks that decode one picture; at most the DiT group")
     vae_use_tiling: bool = Field(False, description="decode in overlapping tiles: less memory, blended seams")
 
     @property

@@ -1,0 +1,154 @@
+"""Pictures without a server: the same engine, driven by a blocking call."""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import zmq
+from PIL import Image
+
+from .configs.config import EngineConfig
+from .configs.devices import resolve_device
+from .configs.errors import ConfigError
+from .configs.parallel import ParallelConfig
+from .configs.request import Request, SamplingParams
+from .engine.launch import EngineProcess
+from .engine.messages import (
+    Cancel,
+    Event,
+    Failed,
+    Finished,
+    Generate,
+    Inbound,
+    Outbound,
+    Ping,
+    Progress,
+    Status,
+    decode_outbound,
+    encode,
+)
+from .models.checkpoint import open_checkpoint
+
+OnProgress = Callable[[int, int], None]
+"""Called after every denoising step with (steps done, steps in all), over all pictures of the call."""
+
+
+class GenerationError(RuntimeError):
+    """The engine could not make the picture, through no fault of the request."""
+
+
+class Darkroom:
+    """A loaded model. Close it, or use it as a context manager: it holds worker processes.
+
+    Further keyword arguments are those of `darkroom serve`: `device`, `dtype`, `revision`, `attention_backend`, ...
+    Raises ConfigError for what cannot be.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str], parallel_config: ParallelConfig | None = None, **options: Any
+    ) -> None:
+        spread = parallel_config.model_dump() if parallel_config else {}
+        config = EngineConfig.check({"model": os.fspath(model), "log_level": "warning", **spread, **options})
+        checkpoint = open_checkpoint(config)
+        self.capabilities = checkpoint.capabilities
+        self._engine = EngineProcess(checkpoint.pin(resolve_device(config)))
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.connect(self._engine.address)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self, prompt: str, params: SamplingParams | None = None, *, on_progress: OnProgress | None = None
+    ) -> list[Image.Image]:
+        """`params.n` pictures; picture i has the seed `params.seed + i`, which is also its `info["seed"]`.
+
+        Raises RequestError for parameters that the model cannot take, GenerationError when the engine fails.
+        """
+        params = params or SamplingParams()
+        request = self.capabilities.resolve(prompt, params)
+        pictures: list[Image.Image] = []
+        for finished in self.run([request.picture(i) for i in range(params.n)], on_progress):
+            picture = Image.open(io.BytesIO(finished.image))
+            picture.load()
+            picture.info["seed"] = finished.seed
+            pictures.append(picture)
+        return pictures
+
+    def run(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Finished]:
+        """Encoded pictures, in the order of the requests, which run side by side."""
+        ids = [uuid.uuid4().hex for _ in requests]
+        total, done = sum(request.num_inference_steps for request in requests), 0
+        finished: dict[str, Finished] = {}
+        try:
+            for id, request in zip(ids, requests, strict=True):
+                self._send(Generate(id=id, request=request))
+            for event in self._events(ids):
+                match event:
+                    case Progress():
+                        done += 1
+                        if on_progress:
+                            on_progress(done, total)
+                    case Finished(id=id):
+                        finished[id] = event
+                    case Failed(error=error):
+                        raise GenerationError(error)
+        finally:
+            for id in set(ids) - set(finished):
+                self._send(Cancel(id=id))
+        return [finished[id] for id in ids]
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+        self._engine.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _events(self, ids: Sequence[str]) -> Iterator[Event]:
+        """The events of these requests, until all have ended."""
+        open_ids = set(ids)
+        while open_ids:
+            event = self._receive()
+            if isinstance(event, Status) or event.id not in open_ids:  # of a call that was interrupted
+                continue
+            if isinstance(event, Finished | Failed):
+                open_ids.discard(event.id)
+            yield event
+
+    def _wait_until_ready(self) -> None:
+        self._send(Ping())
+        while not isinstance(status := self._receive(), Status) or status.state != "ready":
+            if isinstance(status, Status) and status.state == "failed":
+                raise ConfigError(status.detail) if status.is_config_error else GenerationError(status.detail)
+
+    def _send(self, message: Inbound) -> None:
+        self._socket.send(encode(message))
+
+    def _receive(self) -> Outbound:
+        while not self._socket.poll(500):
+            if (code := self._engine.process.poll()) is not None:
+                raise GenerationError(f"the engine process ended with exit code {code}")
+        outbound: Outbound = decode_outbound(self._socket.recv())
+        return outbound
+
+
+def with_format(request: Request, suffix: str) -> Request:
+    """The request for a file of this ending. Raises ConfigError for one that cannot be written."""
+    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    if suffix.lower() not in formats:
+        raise ConfigError(f"--output: no format for the ending '{suffix}'; known: {', '.join(formats)}")
+    return msgspec.structs.replace(request, output_format=formats[suffix.lower()])

@@ -1,0 +1,94 @@
+"""Reading what a client sends: its body, checked, and that it has gone."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect, Request
+
+from darkroom.configs.errors import RequestError
+
+from .errors import ApiError
+
+JSON_LIMIT = 2 * 1024 * 1024
+"""Bytes of a JSON body without pictures."""
+
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "greater_than_equal": "integer_below_min_value",
+    "less_than_equal": "integer_above_max_value",
+    "string_too_long": "string_above_max_length",
+}
+_JSON_TYPES = {
+    str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "an array", dict: "an object",
+    type(None): "null",
+}  # fmt: skip
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def read_json(request: Request, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The body of an `application/json` request, which must be an object. Raises `ApiError`."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        message = f"Unsupported content type '{media_type[:80]}': expected 'application/json'."
+        raise ApiError(415, message, code="unsupported_content_type")
+    data = await _read(request, limit)
+    try:
+        body = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise ApiError(400, f"The body is not valid JSON in UTF-8: {str(e)[:200]}.") from None
+    except RecursionError:
+        raise ApiError(400, "The body is JSON that is nested too deeply.") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"The body must be a JSON object, not {_JSON_TYPES[type(body)]}.")
+    return body
+
+
+def validate(model: type[M], values: dict[str, Any]) -> M:
+    """Raises `RequestError` that names the first field at fault."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        raise _request_error(e.errors(include_url=False)[0], model) from None
+
+
+async def disconnection(request: Request) -> NoReturn:
+    """Wait until the client has gone, of which Starlette tells a plain endpoint nothing. The body must be read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    raise ClientDisconnect
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            raise too_large
+    return bytes(data)
+
+
+def _request_error(error: ErrorDetails, model: type[BaseModel]) -> RequestError:
+    kind, value = error["type"], error["input"]
+    param = str(error["loc"][0])[:80]
+    wrong_type = kind.endswith("_type") or (kind == "literal_error" and not isinstance(value, str))
+    if kind == "missing":
+        message = f"Missing required parameter: '{param}'."
+    elif kind == "extra_forbidden":
+        message = f"Unknown parameter: '{param}'. Known: {', '.join(sorted(model.model_fields))}."
+    elif kind == "none_required":
+        message = f"'{param}' is not supported by this model."
+    else:
+        message = re.sub(r"^(Input|String)", f"'{param}'", error["msg"])
+        message += f", not {_JSON_TYPES[type(value)]}." if wrong_type else "."
+    code = "invalid_type" if wrong_type else _CODES.get(kind, "invalid_value")
+    return RequestError(message, param=param, code=code)

@@ -1,0 +1,32 @@
+"""What the routes of one app share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from darkroom.configs.capabilities import Capabilities
+
+from .client import EngineClient
+from .metrics import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    capabilities: Capabilities
+    served_name: str
+    client: EngineClient
+    metrics: Metrics = field(default_factory=Metrics)
+    started: int = field(default_factory=lambda: int(time.time()))
+    """Unix seconds."""
+
+
+async def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Shared = Annotated[Context, Depends(_context)]

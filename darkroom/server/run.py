@@ -1,0 +1,103 @@
+"""Run the HTTP server until it is told to stop, over an engine process that lives exactly as long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import uvicorn
+
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.config import EngineConfig, ServeConfig
+from darkroom.configs.errors import ConfigError
+from darkroom.engine.launch import EngineProcess
+
+from .app import create_app
+from .client import EngineClient, EngineError
+
+_DRAIN_SECONDS = 2
+"""What a request that is under way gets to end by itself once the server is told to stop."""
+
+
+def run_server(config: ServeConfig, engine_config: EngineConfig, capabilities: Capabilities, table: str) -> int:
+    """Serve; returns the exit code. Raises ConfigError for an address that cannot be had."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s server: %(message)s")
+    listener = _listen(config)
+    print(f"{table}\n  {'address':<10} {_url(listener)}", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn handles them, and raises them again when it has stopped
+        signal.signal(number, lambda *_: None)
+    with listener, EngineProcess(engine_config) as engine:
+        return asyncio.run(_serve(config, capabilities, engine, listener))
+
+
+async def _serve(
+    config: ServeConfig, capabilities: Capabilities, engine: EngineProcess, listener: socket.socket
+) -> int:
+    client = EngineClient(engine.address)
+    app = create_app(capabilities=capabilities, served_name=config.served_name, client=client)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_SECONDS)
+    )
+    announcing = asyncio.create_task(_announce(client, listener, server))
+    _when_ended(engine, lambda code: _engine_lost(client, server, code))
+    await server.serve(sockets=[listener])
+    announcing.cancel()
+    client.close()
+    return _exit_code(client)
+
+
+async def _announce(client: EngineClient, listener: socket.socket, server: uvicorn.Server) -> None:
+    """Say when the model is loaded; end the server if it cannot be."""
+    while (status := await client.changed()).state != "ready":
+        if status.state == "failed":
+            print(f"darkroom: {status.detail}", file=sys.stderr, flush=True)
+            server.should_exit = True
+            return
+    print(f"ready: {_url(listener)}/v1", flush=True)
+
+
+def _when_ended(engine: EngineProcess, call: Callable[[int], None]) -> None:
+    """Call back in this event loop with the engine's exit code. Without an engine nothing can be served."""
+    loop = asyncio.get_running_loop()
+
+    def wait() -> None:
+        code = engine.process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped first, as it should
+            loop.call_soon_threadsafe(call, code)
+
+    threading.Thread(target=wait, daemon=True).start()  # asyncio.run waits for its own threads; this one outlives it
+
+
+def _engine_lost(client: EngineClient, server: uvicorn.Server, code: int) -> None:
+    """Answer those who wait, and end."""
+    if not server.should_exit:
+        client.fail_all(EngineError("unavailable", f"the engine process ended with exit code {code}"))
+        server.should_exit = True
+
+
+def _exit_code(client: EngineClient) -> int:
+    if client.last_status.state != "failed":
+        return 0
+    return 2 if client.last_status.is_config_error else 1
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as e:
+        raise ConfigError(f"--host {config.host} --port {config.port}: {e.strerror or e}") from None
+    # asyncio sets this on the sockets that it makes itself; without it, a kept-alive answer waits 40 ms for an ACK
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

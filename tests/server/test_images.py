@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+
+import httpx
+import openai
+import pytest
+
+from darkroom.engine.messages import Failed, Preview, Progress
+from darkroom.server.client import EngineError
+from darkroom.server.images import ImageRequest
+
+from .conftest import NAME
+from .engine import finished, slow, wait_until
+
+PATH = "/v1/images/generations"
+
+
+def images(response) -> list[bytes]:
+    return [base64.b64decode(item["b64_json"], validate=True) for item in response["data"]]
+
+
+def create(http, **fields):
+    response = http.post(PATH, json={"prompt": "a red circle", **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_the_answer_is_the_contracts(http, engine):
+    before = int(time.time())
+    answer = create(http, seed=5, n=2, size="256x128", quality="low", output_format="webp", output_compression=80)
+    assert before <= answer.pop("created") <= time.time()
+    assert images(answer) == [b"picture 5", b"picture 6"]
+    assert [item["seed"] for item in answer["data"]] == [5, 6]
+    assert all(set(item) == {"b64_json", "seed"} for item in answer.pop("data"))
+    assert answer == {
+        "size": "256x128",
+        "quality": "low",
+        "background": "opaque",
+        "output_format": "webp",
+        "usage": {
+            "input_tokens": 7,
+            "input_tokens_details": {"text_tokens": 7, "image_tokens": 0},
+            "output_tokens": 128,
+            "output_tokens_details": {"text_tokens": 0, "image_tokens": 128},
+            "total_tokens": 135,
+        },
+    }
+    request = engine.requests[0].request
+    assert (request.width, request.height, request.num_inference_steps) == (256, 128, 10)
+    assert (request.output_format, request.output_compression) == ("webp", 80)
+
+
+def test_the_sdk_reads_it(sdk):
+    answer = sdk.images.generate(prompt="a red circle", model=NAME, extra_body={"seed": 5})
+    assert base64.b64decode(answer.data[0].b64_json) == b"picture 5"
+    assert (answer.size, answer.quality, answer.background, answer.output_format) == (
+        "128x128",
+        "high",
+        "opaque",
+        "png",
+    )
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens == 71
+    assert answer._request_id.startswith("req_")
+
+
+def test_defaults_are_the_models_and_a_null_is_a_default(http, engine):
+    nullable = [*(ImageRequest.model_fields.keys() - {"prompt"}), "steps", "extra_body", "extra_params"]
+    answer = create(http, **dict.fromkeys(nullable))
+    assert (answer["size"], answer["quality"], answer["output_format"]) == ("128x128", "high", "png")
+    request = engine.requests[0].request
+    assert (request.num_inference_steps, request.true_cfg_scale, request.negative_prompt) == (50, 4.0, " ")
+    assert (request.output_format, request.output_compression, request.partial_images) == ("png", 100, 0)
+    assert request.seed == answer["data"][0]["seed"]
+
+
+def test_without_a_seed_pictures_differ(http):
+    assert images(create(http)) != images(create(http))
+
+
+def test_extensions_reach_the_engine(http, engine):
+    create(
+        http,
+        negative_prompt="blue",
+        num_inference_steps=4,
+        true_cfg_scale=2,
+        guidance_scale=1,
+        max_sequence_length=64,
+        seed=2**64 - 1,
+        quality="low",
+        user="somebody",
+        safety_identifier="somebody",
+        moderation="low",
+    )
+    request = engine.requests[0].request
+    assert (request.negative_prompt, request.num_inference_steps, request.true_cfg_scale) == ("blue", 4, 2.0)
+    assert (request.max_sequence_length, request.seed) == (64, 2**64 - 1)
+
+
+@pytest.mark.parametrize(
+    ("quality", "steps", "word"),
+    [
+        ("auto", 50, "high"),
+        ("low", 10, "low"),
+        ("medium", 25, "medium"),
+        ("standard", 25, "medium"),
+        ("high", 50, "high"),
+        ("hd", 50, "high"),
+        ("xhigh", 50, "high"),
+        ("max", 50, "high"),
+    ],
+)
+def test_quality_sets_the_steps(http, engine, quality, steps, word):
+    assert create(http, quality=quality)["quality"] == word
+    assert engine.requests[0].request.num_inference_steps == steps
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps": 4},
+        {"infer_steps": 4, "num_inference_steps": 4},
+        {"extra_body": {"num_inference_steps": 4}},
+        {"extra_params": {"steps": 4}, "num_inference_steps": None},
+    ],
+)
+def test_other_spellings(http, engine, fields):
+    create(http, **fields)
+    assert engine.requests[0].request.num_inference_steps == 4
+
+
+def test_every_prompt_within_the_limit_is_taken(http, engine):
+    for prompt in ("x" * 32_000, "\u0000\U0001f600\u202e", " a "):
+        create(http, prompt=prompt)
+        assert engine.requests[-1].request.prompt == prompt
+
+
+INVALID, TYPE, BELOW, ABOVE = "invalid_value", "invalid_type", "integer_below_min_value", "integer_above_max_value"
+DEEP = json.loads("[" * 400 + "]" * 400)
+HOSTILE = [
+    ({"prompt": None}, "prompt", "missing_required_parameter"),
+    ({"prompt": ""}, "prompt", INVALID),
+    ({"prompt": " \n\t"}, "prompt", INVALID),
+    ({"prompt": 5}, "prompt", TYPE),
+    ({"prompt": ["x"]}, "prompt", TYPE),
+    ({"prompt": DEEP}, "prompt", TYPE),
+    ({"prompt": "x" * 32_001}, "prompt", "string_above_max_length"),
+    ({"model": 5}, "model", TYPE),
+    ({"n": 0}, "n", BELOW),
+    ({"n": -1}, "n", BELOW),
+    ({"n": 11}, "n", ABOVE),
+    ({"n": 10**4000}, "n", ABOVE),
+    ({"n": "2"}, "n", TYPE),
+    ({"n": 2.0}, "n", TYPE),
+    ({"n": True}, "n", TYPE),
+    ({"size": "0x0"}, "size", INVALID),
+    ({"size": "1024"}, "size", INVALID),
+    ({"size": "128X128"}, "size", INVALID),
+    ({"size": "+128x128"}, "size", INVALID),
+    ({"size": "1_28x128"}, "size", INVALID),
+    ({"size": "128x128\n"}, "size", INVALID),
+    ({"size": " 128x128"}, "size", INVALID),
+    ({"size": "-128x128"}, "size", INVALID),
+    ({"size": "\uff11\uff12\uff18x128"}, "size", INVALID),
+    ({"size": "\u0661\u0662\u0668x128"}, "size", INVALID),
+    ({"size": "130x128"}, "size", INVALID),
+    ({"size": "32x32"}, "size", INVALID),
+    ({"size": "99984x99984"}, "size", INVALID),
+    ({"size": "9" * 100_000 + "x128"}, "size", INVALID),
+    ({"size": [128, 128]}, "size", TYPE),
+    ({"quality": "best"}, "quality", INVALID),
+    ({"quality": 1}, "quality", TYPE),
+    ({"quality": ["low"]}, "quality", TYPE),
+    ({"background": "transparent"}, "background", INVALID),
+    ({"background": "blue"}, "background", INVALID),
+    ({"output_format": "gif"}, "output_format", INVALID),
+    ({"output_format": "svg"}, "output_format", INVALID),
+    ({"output_format": "PNG"}, "output_format", INVALID),
+    ({"output_compression": 80}, "output_compression", INVALID),
+    ({"output_compression": -1, "output_format": "jpeg"}, "output_compression", BELOW),
+    ({"output_compression": 101, "output_format": "jpeg"}, "output_compression", ABOVE),
+    ({"response_format": "url"}, "response_format", INVALID),
+    ({"moderation": "none"}, "moderation", INVALID),
+    ({"style": "vivid"}, "style", INVALID),
+    ({"complexity": "low"}, "complexity", INVALID),
+    ({"frame_count": 9}, "frame_count", INVALID),
+    ({"frame_duration_ms": 200}, "frame_duration_ms", INVALID),
+    ({"svg": {"model": "x"}}, "svg", INVALID),
+    ({"stream": "true"}, "stream", TYPE),
+    ({"stream": 1}, "stream", TYPE),
+    ({"partial_images": 1}, "partial_images", INVALID),
+    ({"partial_images": -1, "stream": True}, "partial_images", BELOW),
+    ({"partial_images": 4, "stream": True}, "partial_images", ABOVE),
+    ({"user": 5}, "user", TYPE),
+    ({"negative_prompt": 5}, "negative_prompt", TYPE),
+    ({"negative_prompt": "x" * 32_001}, "negative_prompt", "string_above_max_length"),
+    ({"num_inference_steps": 0}, "num_inference_steps", BELOW),
+    ({"num_inference_steps": 201}, "num_inference_steps", ABOVE),
+    ({"num_inference_steps": 4.5}, "num_inference_steps", TYPE),
+    ({"steps": 0}, "num_inference_steps", BELOW),
+    ({"steps": 4, "num_inference_steps": 5}, "num_inference_steps", INVALID),
+    ({"seed": 1, "extra_body": {"seed": 2}}, "seed", INVALID),
+    ({"seed": DEEP, "extra_body": {"seed": DEEP}}, "seed", INVALID),
+    ({"extra_body": [1]}, "extra_body", TYPE),
+    ({"extra_params": "{}"}, "extra_params", TYPE),
+    ({"true_cfg_scale": -1}, "true_cfg_scale", INVALID),
+    ({"true_cfg_scale": 101.0}, "true_cfg_scale", INVALID),
+    ({"true_cfg_scale": 10**400}, "true_cfg_scale", TYPE),
+    ({"true_cfg_scale": "4"}, "true_cfg_scale", TYPE),
+    ({"true_cfg_scale": True}, "true_cfg_scale", TYPE),
+    ({"guidance_scale": 3.5}, "guidance_scale", INVALID),
+    ({"cfg": 3.5}, "guidance_scale", INVALID),
+    ({"seed": -1}, "seed", BELOW),
+    ({"seed": 2**64}, "seed", ABOVE),
+    ({"seed": 1.5}, "seed", TYPE),
+    ({"seed": "1"}, "seed", TYPE),
+    ({"seed": [1, 2]}, "seed", TYPE),
+    ({"max_sequence_length": 0}, "max_sequence_length", BELOW),
+    ({"max_sequence_length": 1025}, "max_sequence_length", ABOVE),
+    ({"promt": "x"}, "promt", "unknown_parameter"),
+    ({"unknown": None}, "unknown", "unknown_parameter"),
+    ({"output_path": "/etc/passwd"}, "output_path", "unknown_parameter"),
+    ({"x" * 100_000: 1}, "x" * 80, "unknown_parameter"),
+    ({"\u0000": DEEP}, "\u0000", "unknown_parameter"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "code"), HOSTILE, ids=lambda value: str(value)[:40])
+def test_bad_input_is_400_before_anything_is_queued(http, engine, fields, param, code):
+    response = http.post(PATH, json={"prompt": "x", **fields})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert len(error["message"]) < 1000
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("model", ["gpt-image-1", "", NAME.upper(), "x" * 100_000])
+def test_an_unknown_model_is_404(http, engine, model):
+    response = http.post(PATH, json={"prompt": "x", "model": model})
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert len(response.text) < 1000
+    assert engine.requests == []
+
+
+def test_the_first_failure_of_n_cancels_the_others(http, engine):
+    def script(message):
+        if len(engine.requests) == 2:
+            yield Failed(id=message.id, error="why", reason="busy")
+        yield 3600.0
+
+    engine.script = script
+    assert http.post(PATH, json={"prompt": "x", "n": 3}).status_code == 429
+    ids = [message.id for message in engine.requests]
+    assert wait_until(lambda: sorted(engine.cancelled) == sorted([ids[0], *ids[2:]]))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_cancels(http, engine, n, stream):
+    engine.script = slow
+    with (
+        pytest.raises(httpx.ReadTimeout),
+        http.stream("POST", PATH, json={"prompt": "x", "n": n, "stream": stream}, timeout=0.2) as response,
+    ):
+        response.read()
+    assert len(engine.requests) == n
+    assert wait_until(lambda: set(engine.cancelled) == {message.id for message in engine.requests})
+
+
+def test_the_engines_death_ends_every_request(http, server):
+    def die(message):
+        yield Progress(id=message.id, step=1, num_steps=2, seconds=0.1, batch_size=1)
+        error = EngineError("unavailable", "exit code 9")
+        server.loop.call_soon_threadsafe(server.client.fail_all, error)
+        yield 3600.0
+
+    server.engine.script = die
+    assert http.post(PATH, json={"prompt": "x", "n": 2}).status_code == 503
+    server.engine.script = slow
+    assert http.post(PATH, json={"prompt": "x"}).status_code == 503
+
+
+def test_large_pictures_come_whole(http, engine):
+    large = os.urandom(3_000_001)
+    engine.script = lambda message: [finished(message, large)]
+    assert images(create(http, n=2)) == [large, large]
+
+
+def test_stream_is_the_contracts(http):
+    before = int(time.time())
+    with http.stream("POST", PATH, json={"prompt": "x", "seed": 5, "stream": True, "partial_images": 2}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].partition(";")[0] == "text/event-stream"
+        text = response.read().decode()
+    assert text.endswith("\n\n")
+    events = [event.split("\n") for event in text[:-2].split("\n\n")]
+    common = {"size": "128x128", "quality": "high", "background": "opaque", "output_format": "png", "image_index": 0}
+    for i, (name, data) in enumerate(events):
+        content = json.loads(data.removeprefix("data: "))
+        assert name == "event: " + content["type"]
+        assert before <= content.pop("created_at") <= time.time()
+        image = base64.b64decode(content.pop("b64_json"))
+        if i < 2:
+            assert image == b"preview %d of 5" % i
+            assert content == {"type": "image_generation.partial_image", "partial_image_index": i, **common}
+        else:
+            assert image == b"picture 5"
+            usage = content.pop("usage")
+            assert usage["input_tokens"] + usage["output_tokens"] == usage["total_tokens"] == 71
+            assert content == {"type": "image_generation.completed", "seed": 5, **common}
+    assert len(events) == 3
+
+
+def test_the_sdk_reads_the_stream(sdk, engine):
+    events = list(sdk.images.generate(prompt="x", stream=True, partial_images=2, extra_body={"seed": 5}))
+    assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    assert base64.b64decode(events[2].b64_json) == b"picture 5"
+    assert events[2].usage.total_tokens == 71
+    assert engine.requests[0].request.partial_images == 2
+
+
+def test_a_stream_without_previews_is_one_event(sdk):
+    assert [event.type for event in sdk.images.generate(prompt="x", stream=True)] == ["image_generation.completed"]
+
+
+def test_a_stream_of_n_has_n_completed_events_whose_usage_adds_up(sdk):
+    events = list(sdk.images.generate(prompt="x", stream=True, n=3, partial_images=1, extra_body={"seed": 5}))
+    completed = [event for event in events if event.type == "image_generation.completed"]
+    assert len(events) == 6
+    assert sorted((event.image_index, event.seed) for event in completed) == [(0, 5), (1, 6), (2, 7)]
+    assert sum(event.usage.total_tokens for event in completed) == 7 + 3 * 64
+
+
+def test_a_late_failure_is_an_error_event(sdk, engine):
+    def script(message):
+        yield Preview(id=message.id, index=0, image=b"preview")
+        yield Failed(id=message.id, error="/secret")
+
+    engine.script = script
+    stream = iter(sdk.images.generate(prompt="x", stream=True, partial_images=1))
+    assert next(stream).type == "image_generation.partial_image"
+    with pytest.raises(openai.APIError, match="server failed") as caught:
+        next(stream)
+    assert caught.value.type == "server_error"
+
+
+def test_previews_are_sent_as_they_come(http, engine):
+    def script(message):
+        yield Preview(id=message.id, index=0, image=b"preview")
+        yield 3600.0
+
+    engine.script = script
+    with http.stream("POST", PATH, json={"prompt": "x", "stream": True, "partial_images": 1}) as response:
+        assert next(response.iter_lines()) == "event: image_generation.partial_image"
+    assert wait_until(lambda: len(engine.cancelled) == 1)

@@ -1,0 +1,297 @@
+"""End to end: the real command, the real processes, the real OpenAI SDK, on the demo model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+from openai import OpenAI
+from PIL import Image
+
+from darkroom.models.checkpoint import DEMO
+
+PROMPT = "three yellow stars on a blue background"
+START_SECONDS = 60.0
+TEMPORARY = Path("/tmp")
+
+
+class Server:
+    """A running `darkroom serve`."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, printed: str) -> None:
+        self.process = process
+        self.url = url
+        self.printed = printed
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    @property
+    def tree(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """Processes that wait for commands, in order of rank: those of the forkserver, or with no children."""
+        [forkserver] = [p for p in self.tree if any("forkserver" in word for word in p.cmdline()) and p.children()]
+        return sorted(forkserver.children(), key=lambda process: process.pid)
+
+    def picture(self, prompt: str = PROMPT, **options: Any) -> Any:
+        extra = {"seed": 5, "num_inference_steps": 8, **options.pop("extra_body", {})}
+        response = self.client.images.generate(prompt=prompt, extra_body=extra, **options)
+        return pixels(response.data[0].b64_json)
+
+
+def pixels(data: str | None) -> Any:
+    assert data is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+
+
+def start(*arguments: str, stderr: int | None = None) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).parent / "darkroom"), "serve", *arguments, "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(TEMPORARY)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+
+
+@contextmanager
+def serve(*arguments: str) -> Iterator[Server]:
+    process = start(*arguments)
+    try:
+        printed = ""
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed += line
+            if line.startswith("ready: "):
+                yield Server(process, line.removeprefix("ready: ").strip().removesuffix("/v1"), printed)
+                break
+        else:
+            raise AssertionError(f"the server ended with {process.wait()} before it was ready:\n{printed}")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serve("demo") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> Any:
+    return server.picture()
+
+
+def wait_until(condition: Any, seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def run_folders() -> set[Path]:
+    return set(TEMPORARY.glob("darkroom-*"))
+
+
+# ---- what it says, and what it serves ------------------------------------------------------------------------------
+
+
+def test_it_says_what_runs_and_where(server: Server) -> None:
+    for words in ("demo (Darkroom demo)", "1 cpu rank, float32", "axes", f"address    {server.url}", "ready: "):
+        assert words in server.printed
+
+
+def test_the_sdk_gets_the_picture_and_all_that_belongs_to_it(server: Server) -> None:
+    response = server.client.images.generate(
+        prompt=PROMPT, size="112x80", n=2, quality="low", output_format="webp", extra_body={"seed": 9}
+    )
+    assert response.data is not None and response.usage is not None
+    assert [picture.seed for picture in response.data] == [9, 10]  # type: ignore[attr-defined]
+    for picture in response.data:
+        opened = Image.open(io.BytesIO(base64.b64decode(picture.b64_json or "")))
+        assert (opened.format, opened.size) == ("WEBP", (112, 80))
+    assert (response.size, response.quality, response.output_format) == ("112x80", "low", "webp")
+    assert response.usage.output_tokens == 2 * 7 * 5
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+
+
+def test_picture_i_of_n_is_the_one_of_seed_plus_i(server: Server) -> None:
+    response = server.client.images.generate(prompt=PROMPT, n=2, extra_body={"seed": 4, "num_inference_steps": 8})
+    assert response.data is not None
+    assert np.array_equal(pixels(response.data[1].b64_json), server.picture())
+
+
+def test_no_seed_is_a_random_one_which_is_told(server: Server) -> None:
+    seeds = set()
+    for _ in range(2):
+        response = server.client.images.generate(prompt=PROMPT, extra_body={"num_inference_steps": 2})
+        assert response.data is not None
+        seeds.add(response.data[0].seed)  # type: ignore[attr-defined]
+    assert len(seeds) == 2
+
+
+def test_a_stream_ends_with_the_same_picture_and_its_previews_approach_it(server: Server, expected: Any) -> None:
+    events = list(
+        server.client.images.generate(
+            prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 5, "num_inference_steps": 8}
+        )
+    )
+    assert [event.type.removeprefix("image_generation.") for event in events] == [
+        "partial_image",
+        "partial_image",
+        "completed",
+    ]
+    first, second, last = (pixels(event.b64_json) for event in events)
+    assert np.array_equal(last, expected)
+    assert abs(second - last).mean() < abs(first - last).mean()
+    assert abs(first - last).mean() < 80  # the estimate of the clean picture, not the noise
+
+
+def test_the_negative_prompt_and_the_scale_change_the_picture(server: Server, expected: Any) -> None:
+    assert not np.array_equal(server.picture(extra_body={"negative_prompt": "yellow"}), expected)
+    assert not np.array_equal(server.picture(extra_body={"true_cfg_scale": 1}), expected)
+
+
+def test_requests_side_by_side_are_each_alone(server: Server, expected: Any) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        pictures = list(pool.map(lambda i: server.picture(extra_body={"seed": 5 + i % 2}), range(6)))
+    assert all(np.array_equal(picture, expected) for picture in pictures[::2])
+    assert all(np.array_equal(picture, pictures[1]) for picture in pictures[1::2])
+
+
+def test_a_client_that_goes_away_stops_its_work(server: Server) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        server.client.with_options(timeout=0.5).images.generate(
+            prompt=PROMPT, size="512x512", extra_body={"num_inference_steps": 200}
+        )
+    health = f"{server.url}/health"
+    assert wait_until(lambda: httpx.get(health).json() == {"status": "ready", "waiting": 0, "running": 0})
+
+
+def test_models_health_metrics_and_the_document(server: Server) -> None:
+    assert [model.id for model in server.client.models.list()] == ["demo"]
+    assert server.client.models.retrieve("demo").owned_by == "darkroom"
+    assert httpx.get(f"{server.url}/health").json()["status"] == "ready"
+    assert (
+        'darkroom_requests_total{outcome="ok",route="/v1/images/generations"}'
+        in httpx.get(f"{server.url}/metrics").text
+    )
+    assert "/v1/images/generations" in httpx.get(f"{server.url}/openapi.json").json()["paths"]
+
+
+def test_a_bad_request_is_refused_while_a_picture_is_made(server: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(server.picture, extra_body={"num_inference_steps": 60})
+        with pytest.raises(openai.BadRequestError) as caught:
+            server.client.images.generate(prompt=PROMPT, size="100x100")
+        assert not long.done()
+        assert (caught.value.param, caught.value.code) == ("size", "invalid_value")
+        long.result()
+
+
+# ---- every layout draws the same picture ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--usp 2 --ring 2", "--tp 4", "--cfg 2 --usp 2 --omni", "--tp 2 --usp 2 --vae-pp 4"],
+)
+def test_four_workers_draw_what_one_draws(flags: str, expected: Any) -> None:
+    with serve("demo", *flags.split()) as server:
+        assert abs(server.picture() - expected).max() <= 1
+        assert len(server.workers) == 4
+
+
+# ---- failures and ends ---------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_is_killed_is_an_error_and_not_the_end() -> None:
+    with serve("demo", "--usp", "2") as server, ThreadPoolExecutor(2) as pool:
+        requests = [pool.submit(server.picture, extra_body={"num_inference_steps": 200}) for _ in range(2)]
+        assert wait_until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 2)
+        server.workers[1].kill()
+        for request in requests:
+            with pytest.raises(openai.InternalServerError) as caught:
+                request.result(30)
+            assert caught.value.status_code == 503
+        assert wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200, 30)
+        assert server.picture().shape == (128, 128, 3)
+
+
+def test_without_an_engine_the_server_ends() -> None:
+    with serve("demo") as server:
+        tree = server.tree
+        [engine] = [process for process in tree if "darkroom.engine" in process.cmdline()]
+        engine.kill()
+        assert server.process.wait(15) == 1
+        assert wait_until(lambda: not any(alive(process) for process in tree))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
+    before = run_folders()
+    with serve("demo", "--ring", "2") as server, ThreadPoolExecutor(1) as pool:
+        request = pool.submit(server.picture, extra_body={"num_inference_steps": 200})
+        assert wait_until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 1)
+        tree, made = server.tree, run_folders() - before
+        assert not any(file.is_socket() for folder in made for file in folder.rglob("*"))
+        started = time.monotonic()
+        server.process.send_signal(number)
+        code = server.process.wait(15)
+        if number != signal.SIGKILL:
+            assert (code, time.monotonic() - started < 5.5) == (0, True)
+        assert wait_until(lambda: not any(alive(process) for process in tree))
+        assert wait_until(lambda: not any(folder.exists() for folder in made))
+        with pytest.raises(openai.APIError):
+            request.result(5)
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_cut_off_weights_file_is_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO, tmp_path / "broken"))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert ended([str(folder)]) == (2, ["transformer/diffusion_pytorch_model.safetensors"])
+
+
+def test_weights_that_do_not_fit_their_config_are_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO, tmp_path / "unfit"))
+    config = folder / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"joint_attention_dim": 128', '"joint_attention_dim": 64'))
+    assert ended([str(folder)]) == (2, ["config.json does not fit the weights"])
+
+
+def test_an_address_in_use_is_named(server: Server) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    process = subprocess.run(
+        [str(Path(sys.executable).parent / "serve"), "demo", "--port", port], capture_output=True, text=True, timeout=30
+    )
+    assert (process.returncode, "Address already in use" in process.stderr) == (2, True)
+    assert process.stderr.count("\n") == 1
+
+
+def ended(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """The exit code of a server that cannot start, and what its one line names."""
+    process = start(*arguments, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=START_SECONDS)
+    lines = [line for line in errors.splitlines() if line.startswith("darkroom: ")]
+    assert len(lines) == 1, errors
+    known = ["transformer/diffusion_pytorch_model.safetensors", "config.json does not fit the weights"]
+    return process.returncode, [words for words in known if words in lines[0]]
