@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,9 +17,22 @@ import zmq
 
 from darkroom.configs.config import EngineConfig
 
-from .messages import Cancel, Command, Generate, Inbound, Outbound, Ping, Status, decode_inbound, encode
+from .messages import (
+    Cancel,
+    Command,
+    Event,
+    Failed,
+    Finished,
+    Generate,
+    Inbound,
+    Outbound,
+    Ping,
+    Status,
+    decode_inbound,
+    encode,
+)
 from .scheduler import Scheduler
-from .workers import CommandFailed, LoadFailed, WorkerGroup, WorkersLost
+from .workers import CommandFailed, LoadFailed, WorkerGroup, WorkersLost, ignore_signals
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +155,9 @@ class Engine:
         was_ready = self.workers.ready
         logger.error("workers lost: %s", error)
         self.workers.kill()
+        lost = "The workers were lost while the picture was being made."
+        self._answer(*self.scheduler.fail_running(self.command, lost))
         self.command = None
-        self._answer(*self.scheduler.fail_running("The workers were lost while the picture was being made."))
         if was_ready:
             self._set_status(Status(state="restarting", detail=error))
             self.workers.start()
@@ -153,15 +166,17 @@ class Engine:
             self._answer(*self.scheduler.fail_waiting(error))
 
     def _schedule(self) -> None:
-        if self.command is None and self.workers.ready and (command := self.scheduler.next(time.monotonic())):
+        if self.command is not None or not self.workers.ready:
+            return
+        if command := self.scheduler.next(time.monotonic()):
             self.command, self.sent_at = command, time.monotonic()
             self.workers.send(command)
+        else:
+            self.workers.expect_encoded(bool(self.scheduler.encoding))
 
-    def _answer(self, *events: Outbound) -> None:
+    def _answer(self, *events: Event) -> None:
         for event in events:
-            if isinstance(event, Status):
-                continue
-            ended = type(event).__name__ in ("Finished", "Failed")
+            ended = isinstance(event, Finished | Failed)
             peer = self.senders.pop(event.id, None) if ended else self.senders.get(event.id)
             if peer is not None:
                 self._send(peer, event)
@@ -185,7 +200,7 @@ def engine_address(run_dir: Path) -> str:
 
 def main() -> None:
     """`python -m darkroom.engine RUN_DIR`: one line of configuration on standard input, which then stays open."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server drains by itself
+    ignore_signals()
     config = EngineConfig.model_validate_json(sys.stdin.readline())
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s engine: %(message)s")
     engine = Engine(config, Path(sys.argv[1]))

@@ -107,7 +107,7 @@ class Exit(Message, frozen=True):
     pass
 
 
-# workers -> engine: one `Done` or `Error` per worker and command; `Encoded` from the output rank's encoder thread
+# workers -> engine: one `Done` or `Error` per worker and command; the output rank's encoder thread answers by itself
 
 
 class Loaded(Message, frozen=True):
@@ -139,11 +139,17 @@ class Encoded(Message, frozen=True):
     preview: int | None = None
 
 
+class EncodingFailed(Message, frozen=True):
+    id: str
+    error: str
+
+
 Inbound = Generate | Cancel | Ping
 Event = Progress | Preview | Finished | Failed
 Outbound = Status | Event
 Command = Prepare | Step | Decode | Drop | Exit
-Reply = Loaded | Done | Error | Encoded
+FromEncoder = Encoded | EncodingFailed
+Reply = Loaded | Done | Error | FromEncoder
 
 encode = msgspec.msgpack.Encoder().encode
 decode_inbound = msgspec.msgpack.Decoder(Inbound).decode

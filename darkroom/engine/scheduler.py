@@ -18,9 +18,11 @@ from .messages import (
     Decode,
     Drop,
     Encoded,
+    EncodingFailed,
     Event,
     Failed,
     Finished,
+    FromEncoder,
     Generate,
     Prepare,
     Prepared,
@@ -39,6 +41,8 @@ class Job:
     step: int = 0
     previews: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    encoded: Encoded | None = None
+    """The picture, where the encoder thread was faster than the last rank's word that the decode is done."""
 
     def spend(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
@@ -96,8 +100,7 @@ class Scheduler:
             case Step(ids=ids):
                 return [self._advance(id, seconds, len(ids)) for id in ids if id in self.running]
             case Decode(ids=ids):
-                for id in ids:
-                    self._decoded(id, command.preview, seconds)
+                return [event for id in ids if (event := self._decoded(id, command.preview, seconds))]
         return []
 
     def fail(self, command: Command, error: str) -> list[Event]:
@@ -107,28 +110,27 @@ class Scheduler:
         for id in ids:
             self.waiting.pop(id, None)
             self.running.pop(id, None)
-            self.drops.append(id)
+            if id not in self.drops:  # a request cancelled meanwhile
+                self.drops.append(id)
         return [Failed(id=id, error=error) for id in known]
 
-    def encoded(self, message: Encoded) -> Event | None:
-        if message.preview is not None:
-            known = message.id in self.running
-            return Preview(id=message.id, index=message.preview, image=message.image) if known else None
-        if not (job := self.encoding.pop(message.id, None)):
+    def encoded(self, message: FromEncoder) -> Event | None:
+        """The encoder thread's word, at any time from `Decode` on. A request cancelled meanwhile is not known here."""
+        if not (job := self.running.get(message.id) or self.encoding.get(message.id)):
             return None
-        job.spend("encode", message.seconds)
-        return Finished(
-            id=message.id,
-            image=message.image,
-            seed=job.request.seed,
-            text_tokens=job.prepared.text_tokens,
-            image_tokens=job.prepared.image_tokens,
-            stages=job.stages,
-        )
+        if isinstance(message, EncodingFailed):
+            self.cancel(Cancel(id=message.id))
+            return Failed(id=message.id, error=message.error)
+        if message.preview is not None:
+            return Preview(id=message.id, index=message.preview, image=message.image)
+        job.encoded = message
+        return self._finished(message.id) if message.id in self.encoding else None
 
-    def fail_running(self, error: str) -> list[Event]:
-        """The worker group is lost, and with it all that it held. What waits goes on waiting."""
-        ids = [*self.running, *self.encoding]
+    def fail_running(self, command: Command | None, error: str) -> list[Event]:
+        """The worker group is lost, and with it all that it held. What waits goes on waiting, but for what is named
+        by the `command` that was under way: it may be what broke the group."""
+        preparing = [id for id in getattr(command, "ids", ()) if self.waiting.pop(id, None)]
+        ids = [*preparing, *self.running, *self.encoding]
         self.running.clear()
         self.encoding.clear()
         self.drops.clear()
@@ -153,12 +155,26 @@ class Scheduler:
         self.running.move_to_end(id)  # the others' turn
         return Progress(id=id, step=job.step, num_steps=job.prepared.num_steps, seconds=seconds, batch_size=batch_size)
 
-    def _decoded(self, id: str, preview: int | None, seconds: float) -> None:
+    def _decoded(self, id: str, preview: int | None, seconds: float) -> Event | None:
         if not (job := self.running.get(id)):
-            return
+            return None
         job.spend("decode", seconds)
         if preview is not None:
             job.previews += 1
-            return
+            return None
         self.encoding[id] = self.running.pop(id)
         self.drops.append(id)
+        return self._finished(id) if job.encoded else None
+
+    def _finished(self, id: str) -> Finished:
+        job = self.encoding.pop(id)
+        assert job.encoded is not None
+        job.spend("encode", job.encoded.seconds)
+        return Finished(
+            id=id,
+            image=job.encoded.image,
+            seed=job.request.seed,
+            text_tokens=job.prepared.text_tokens,
+            image_tokens=job.prepared.image_tokens,
+            stages=job.stages,
+        )

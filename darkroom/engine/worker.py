@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import torch.distributed as dist
 import zmq
 
 from darkroom.configs.config import EngineConfig
+from darkroom.configs.devices import torch_threads
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
 from darkroom.models import Model, Sample
@@ -29,8 +29,10 @@ from .messages import (
     Done,
     Drop,
     Encoded,
+    EncodingFailed,
     Error,
     Exit,
+    FromEncoder,
     Loaded,
     Prepare,
     Prepared,
@@ -145,13 +147,19 @@ class WorkerProcess:
             return
         samples = [worker.samples[id] for id in command.ids]
         for id, sample, picture in zip(command.ids, samples, decoded, strict=True):
-            self.encoder.submit(self._encode_one, worker.model, id, sample, picture, command.preview)
+            self.encoder.submit(self._encode_one, worker.model, id, sample.request, picture, command.preview)
 
-    def _encode_one(self, model: Model, id: str, sample: Sample, picture: torch.Tensor, preview: int | None) -> None:
+    def _encode_one(self, model: Model, id: str, request: Request, picture: torch.Tensor, preview: int | None) -> None:
         start = time.monotonic()
-        [image] = model.pictures(picture[None])
-        data = encode_picture(image, sample.request)
-        self.encoded.send(encode(Encoded(id=id, image=data, seconds=time.monotonic() - start, preview=preview)))
+        message: FromEncoder
+        try:
+            [image] = model.pictures(picture[None])
+            data = encode_picture(image, request)
+            message = Encoded(id=id, image=data, seconds=time.monotonic() - start, preview=preview)
+        except Exception as e:
+            logger.exception("encoding failed")
+            message = EncodingFailed(id=id, error=f"{type(e).__name__}: {e}")
+        self.encoded.send(encode(message))
 
     def _send(self, reply: Reply) -> None:
         self.replies.send(encode(reply))
@@ -162,7 +170,7 @@ def _load(config: EngineConfig, rank: int, rendezvous: Path) -> Model:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or _threads(config.world_size))
+        torch.set_num_threads(torch_threads(config.world_size))
     if config.world_size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -173,10 +181,6 @@ def _load(config: EngineConfig, rank: int, rendezvous: Path) -> Model:
         )
     dtype: torch.dtype = getattr(torch, config.dtype)
     return build(open_checkpoint(config), config, Mesh(config, rank), device, dtype)
-
-
-def _threads(workers: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def run_worker(config: EngineConfig, rank: int, addresses: tuple[str, str], rendezvous: Path) -> None:

@@ -6,6 +6,7 @@ hangs, or that failed alone while the others wait for it in a collective) breaks
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import multiprocessing as mp
@@ -22,9 +23,19 @@ import zmq
 from darkroom.configs.config import EngineConfig
 from darkroom.models import MODELS
 
-from .messages import Command, Done, Encoded, Error, Exit, Loaded, Prepared, decode_reply, encode
-
-logger = logging.getLogger(__name__)
+from .messages import (
+    Command,
+    Done,
+    Encoded,
+    EncodingFailed,
+    Error,
+    Exit,
+    FromEncoder,
+    Loaded,
+    Prepared,
+    decode_reply,
+    encode,
+)
 
 _ALONE = 5.0
 """Seconds that the other ranks get to fail in the same way as one that failed."""
@@ -47,7 +58,8 @@ class CommandFailed(Exception):
 
 
 class WorkerGroup:
-    """N processes that obey as one. Never blocks: `start`, `send`, and `receive` whenever `files` are readable."""
+    """N processes that obey as one: `start`, `send`, and `receive` whenever `files` are readable. None of them waits,
+    but for the first `start` on CPUs, which takes as long as importing torch."""
 
     def __init__(self, config: EngineConfig, context: zmq.Context[zmq.Socket[bytes]], run_dir: Path) -> None:
         self.config = config
@@ -61,7 +73,7 @@ class WorkerGroup:
         """Ranks that have not answered the command under way are absent."""
         self.prepared: tuple[Prepared, ...] = ()
         self.deadline: float | None = None
-        self.encoded: list[Encoded] = []
+        self.encoded: list[FromEncoder] = []
         self.ready = False
 
     @property
@@ -81,7 +93,7 @@ class WorkerGroup:
         self.processes = [
             spawn.Process(  # type: ignore[attr-defined]
                 target=_worker_main,
-                args=(self.config.model_dump_json(), rank, str(folder), os.getpid()),
+                args=(self.config.model_dump_json(), rank, str(folder)),
                 name=f"worker {rank}",
             )
             for rank in range(self.config.world_size)
@@ -102,39 +114,48 @@ class WorkerGroup:
         self.awaited, self.prepared = {}, ()
         self.deadline = time.monotonic() + self.config.step_timeout
         for socket in self.commands:
-            socket.send(data, zmq.DONTWAIT)
+            with contextlib.suppress(zmq.Again):  # this rank has just died: `receive` will tell
+                socket.send(data, zmq.DONTWAIT)
+
+    def expect_encoded(self, is_expected: bool) -> None:
+        """Call while no command is under way: the encoder thread has a deadline too."""
+        if not is_expected:
+            self.deadline = None
+        elif self.deadline is None:
+            self.deadline = time.monotonic() + self.config.step_timeout
 
     def receive(self) -> bool:
         """Take what has come. True when the command under way (or loading) is done by every rank.
 
-        Raises CommandFailed when all ranks refused it, WorkersLost when the group is broken.
+        Raises CommandFailed when all ranks refused it, LoadFailed when one could not load, WorkersLost when the group
+        is broken.
         """
         assert self.replies is not None
         while self.replies.poll(0):
             match decode_reply(self.replies.recv()):
-                case Encoded() as encoded:
+                case Encoded() | EncodingFailed() as encoded:
                     self.encoded.append(encoded)
-                case Error(rank=rank, is_config_error=is_config_error) as error:
-                    self._failed(error) if self.ready else self._not_loaded(error, is_config_error)
+                case Error(rank=rank) as error:
                     self.awaited[rank] = error
+                    self.deadline = min(self.deadline or float("inf"), time.monotonic() + _ALONE)
                 case Done(rank=rank, prepared=prepared):
                     self.awaited[rank] = None
                     self.prepared = self.prepared or prepared
                 case Loaded(rank=rank):
                     self.awaited[rank] = None
+        if not self.ready:
+            self._check_loading()
         self._check_alive()
         return self._all_answered()
 
-    def take_encoded(self) -> Iterator[Encoded]:
+    def take_encoded(self) -> Iterator[FromEncoder]:
         while self.encoded:
             yield self.encoded.pop(0)
 
-    def _failed(self, error: Error) -> None:
-        self.deadline = min(self.deadline or float("inf"), time.monotonic() + _ALONE)
-        logger.error("rank %d: %s", error.rank, error.error)
-
-    def _not_loaded(self, error: Error, is_config_error: bool) -> None:
-        raise LoadFailed(error.error, is_config_error=is_config_error)
+    def _check_loading(self) -> None:
+        if errors := [error for error in self.awaited.values() if error]:
+            cause = max(errors, key=lambda error: error.is_config_error)  # the others may have failed for its sake
+            raise LoadFailed(cause.error, is_config_error=cause.is_config_error)
 
     def _all_answered(self) -> bool:
         if len(self.awaited) < self.config.world_size:
@@ -154,7 +175,8 @@ class WorkerGroup:
                 raise WorkersLost(f"{process.name} ended with exit code {process.exitcode}")
         if self.deadline is not None and time.monotonic() > self.deadline:
             silent = [str(rank) for rank in range(self.config.world_size) if rank not in self.awaited]
-            raise WorkersLost(f"rank {', '.join(silent)} did not answer in time")
+            failed = [f"; rank {rank} failed: {error.error}" for rank, error in self.awaited.items() if error]
+            raise WorkersLost(f"rank {', '.join(silent)} did not answer in time{''.join(failed)}")
 
     def kill(self) -> None:
         """End every process at once, and forget the group."""
@@ -162,6 +184,7 @@ class WorkerGroup:
             process.kill()
         for process in self.processes:
             process.join()
+            process.close()  # closes its lifeline too: a worker that outlives the fork server looks dead, and is not
         for socket in [*self.commands, *([self.replies] if self.replies else [])]:
             socket.close()
         self.processes, self.commands, self.replies, self.encoded = [], [], None, []
@@ -187,15 +210,22 @@ def _process_context(config: EngineConfig) -> mp.context.BaseContext:
     return context
 
 
-def _worker_main(config: str, rank: int, folder: str, engine: int) -> None:
+def _worker_main(config: str, rank: int, folder: str) -> None:
     """The worker process's main function. Ends with the engine, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server drains by itself
+    ignore_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     parsed = EngineConfig.model_validate_json(config)
     logging.basicConfig(level=parsed.log_level.upper(), format=f"%(levelname)s worker {rank}: %(message)s")
     worker = importlib.import_module("darkroom.engine.worker")  # torch: must not be imported by the engine process
     addresses = (f"ipc://{folder}/{rank}", f"ipc://{folder}/replies")
     worker.run_worker(parsed, rank, addresses, Path(folder) / "rendezvous")
+
+
+def ignore_signals() -> None:
+    """Ctrl-C reaches the whole terminal, and a service manager's SIGTERM every process: the server drains by itself,
+    and ends the others by closing the engine's standard input."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_with_parent() -> None:

@@ -6,7 +6,8 @@ Reads JSON files and the headers of safetensors files only: no torch, no weights
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from darkroom.configs.config import EngineConfig
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.parallel import ParallelConfig
 from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, read_headers
+from darkroom.parallel.plan import EmbeddingColumns, Plan, lookup
 
 from . import MODELS
 from .base import Component, Model
@@ -43,11 +45,12 @@ class Checkpoint:
         """Raises ConfigError for what is no pipeline, or none that a family runs."""
         folder = _locate(model, revision)
         index = _read_json(folder / "model_index.json", f"'{model}' is no diffusers pipeline")
-        name = index.get("_class_name")
+        name = str(index.get("_class_name"))
         if name not in MODELS:
             raise ConfigError(f"'{model}' is a {name}, which no model family runs; known: {', '.join(sorted(MODELS))}")
         family = MODELS[name]
-        for part in [*family.components, "scheduler"]:
+        named = [part for part, classes in index.items() if isinstance(classes, list) and any(classes)]
+        for part in [*family.components, *named]:
             if not (folder / part).is_dir():
                 raise ConfigError(f"'{model}' is incomplete: the folder {part}/ is missing")
         return cls(folder, family, _capabilities(family, folder))
@@ -60,11 +63,21 @@ class Checkpoint:
     def _config(self, name: str, component: Component) -> Mapping[str, Any]:
         config = _read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
         section: Mapping[str, Any] = config.get(component.section, config) if component.section else config
+        for key in _head_counts(component.plan):
+            try:
+                lookup(section, key)
+            except (KeyError, TypeError, ValueError):
+                raise ConfigError(f"{name}/config.json has no number '{key}'") from None
         return section
 
     def tensors(self, name: str) -> dict[str, Stored]:
         """A component's parameters as its safetensors files hold them, by the class's own names."""
         return read_headers(find_weights(self.folder / name), self.family.components[name].rename)
+
+    def pin(self, config: EngineConfig) -> EngineConfig:
+        """The configuration for the engine, whose processes must all read the folder that was checked: a hub's branch
+        may move meanwhile."""
+        return config.model_copy(update={"model": str(self.folder.absolute()), "revision": None})
 
     def check(self, config: ParallelConfig) -> None:
         """Raises ConfigError for degrees that this model cannot be spread by, with what would work."""
@@ -114,6 +127,15 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     return checkpoint
 
 
+def _head_counts(plan: Plan) -> Iterator[str]:
+    """The keys of config.json that the plan reads."""
+    for style in plan.tensor.values():
+        if not isinstance(style, EmbeddingColumns) and style.heads:
+            yield style.heads.count
+            if style.heads.kv_count:
+                yield style.heads.kv_count
+
+
 def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int, int]:
     """(ranks that the component is cut over, this one's place among them); (0, 0) where it holds nothing."""
     match component.ranks:
@@ -128,8 +150,8 @@ def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int
 def _locate(model: str, revision: str | None) -> Path:
     if model == "demo":
         return DEMO
-    if (folder := Path(model).expanduser()).is_dir():
-        return folder
+    if os.path.isdir(folder := os.path.expanduser(model)):
+        return Path(folder)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(f"'{model}' is no folder, and no hub id such as Qwen/Qwen-Image; 'demo' always works")
     return _download(model, revision)
@@ -138,11 +160,11 @@ def _locate(model: str, revision: str | None) -> Path:
 def _download(model: str, revision: str | None) -> Path:
     """The hub's snapshot, from the cache where it is whole."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+    except (HfHubHTTPError, HFValidationError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"'{model}' is no folder here, and the hub did not give it: {reason}") from None
 

@@ -45,7 +45,7 @@ class Axis:
         return parts
 
     def all_to_all(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
-        """Send `send[i]` rows of `x` to rank i, receive `receive[i]` from it: [sum(send), ...] -> [sum(receive), ...]"""
+        """Rows to and from every rank i, `send[i]` and `receive[i]` of them: [sum(send), ...] -> [sum(receive), ...]"""
         out = x.new_empty((sum(receive), *x.shape[1:]))
         dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=self.group)
         return out

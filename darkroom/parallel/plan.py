@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from darkroom.configs.errors import ConfigError
+
 # ---- tensor parallelism ----------------------------------------------------------------------------------------
 
 
@@ -36,6 +38,10 @@ class Colwise:
     heads: Heads | None = None
     is_kv: bool = False
     gather: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gather and self.heads and self.heads.kv_count:  # zeros may stand between heads, heads may be repeated
+            raise ValueError("grouped heads cannot be gathered behind the layer: the ranks' parts are not in order")
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class SequenceParallelOutput:
     gather_dim: int
     expected_dims: int | None = None
     stream: str | None = None
-    """The stream whose length the output has; by default the first in the plan."""
+    """The stream whose length the output has: an input's name, or `pos_embed.0` for element 0 of that module's
+    output. By default the first in the plan."""
 
 
 SequenceRule = Mapping[str | int, SequenceParallelInput] | SequenceParallelOutput
@@ -192,6 +199,8 @@ def _cut(
         return Cut(dim, _padded_chunk(shape[dim], size, rank), shape[dim])
     queries, key_values = head_layout(heads, config, size, rank)
     count = lookup(config, (heads.kv_count or heads.count) if is_kv else heads.count)
+    if shape[dim] % count:
+        raise ConfigError(f"a layer of {shape[dim]} features cannot be cut into {count} heads")
     return Cut(dim, key_values if is_kv else queries, count)
 
 
@@ -206,6 +215,8 @@ def head_layout(
     """
     queries = lookup(config, heads.count)
     groups = lookup(config, heads.kv_count) if heads.kv_count else queries
+    if queries % groups:
+        raise ConfigError(f"{queries} query heads cannot share {groups} key/value heads evenly")
     per_group = queries // groups
     if heads.kv_count is None or groups == queries:
         mine = _padded_chunk(queries, size, rank)

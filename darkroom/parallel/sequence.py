@@ -17,7 +17,7 @@ from torch import nn
 
 from .attention import attend, sdpa
 from .mesh import Axis, Mesh
-from .plan import Plan, SequenceParallelInput, SequenceParallelOutput, chunk_sizes, matches
+from .plan import Plan, SequenceParallelInput, SequenceParallelOutput, SequenceRule, chunk_sizes, matches
 
 
 def sp_shard(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -40,7 +40,7 @@ class SequenceParallel:
         )
         self.axis = mesh.sequence
         self.lengths: dict[str, int] = {}
-        """Whole token count by stream, in the plan's order."""
+        """Whole token count of each stream that was split so far."""
         self._apply(module, plan)
 
     def attend(
@@ -54,10 +54,11 @@ class SequenceParallel:
         """Joint attention over all streams of all ranks. [B, s, H, D]; `mask` [B, s] is over this rank's keys."""
         parts = [chunk_sizes(length, self.axis.size) for length in self.lengths.values()]
         sizes = [sum(stream) for stream in zip(*parts, strict=True)]
-        if query.shape[1] != sizes[self.axis.rank]:
+        mine = sizes[self.axis.rank] if sizes else 0
+        if query.shape[1] != mine or key.shape[1] != mine:
             raise RuntimeError(
-                f"attention over {query.shape[1]} tokens, but the streams {self.lengths} give this rank "
-                f"{sizes[self.axis.rank]}: the plan lacks a stream, or covers a module that it should not"
+                f"attention of {query.shape[1]} tokens over {key.shape[1]}, but the streams {self.lengths} give this "
+                f"rank {mine}: the plan lacks a stream, or covers a module that it should not"
             )
         return attend(query, key, value, mask, scale, sizes, self.mesh.ulysses, self.mesh.ring, self.local)
 
@@ -65,16 +66,17 @@ class SequenceParallel:
         name = type(module).__name__
         if not plan.sequence:
             raise ValueError(f"{name} has no sequence-parallel plan, but {self.axis.size} ranks were asked for")
-        streams = [key for rule in plan.sequence.values() for key in _streams(rule)]
+        streams = [stream for pattern, rule in plan.sequence.items() for stream in _streams(pattern, rule)]
         if not streams:
             raise ValueError(f"the sequence plan of {name} marks no input as a stream")
+        module.register_forward_pre_hook(lambda _module, _args: self.lengths.clear())
         for pattern, rule in plan.sequence.items():
             found = [child for path, child in module.named_modules() if matches(pattern, path)]
             if not found:
                 raise ValueError(f"the plan names '{pattern}', but {name} has no such module")
             for child in found:
                 if isinstance(rule, SequenceParallelOutput):
-                    self._gather_output(child, rule, streams[0])
+                    self._gather_output(child, pattern, rule, streams)
                 else:
                     self._split(child, pattern, rule)
         _connect_attention(module, self)
@@ -92,13 +94,14 @@ class SequenceParallel:
             bound = signature.bind(_module, *args, **kwargs)
             for key, entry in inputs.items():
                 if bound.arguments.get(key) is not None:
-                    bound.arguments[key] = self._shard(bound.arguments[key], key, entry)
+                    bound.arguments[key] = self._shard(bound.arguments[key], _stream(pattern, key), entry)
             return bound.args[1:], bound.kwargs
 
         def after(_module: nn.Module, _args: Any, out: Any) -> Any:
             parts = [out] if isinstance(out, torch.Tensor) else list(out)
             for key, entry in outputs.items():
-                parts[key] = self._shard(parts[key], f"output {key} of {pattern}", entry)
+                if parts[key] is not None:
+                    parts[key] = self._shard(parts[key], _stream(pattern, key), entry)
             return parts[0] if isinstance(out, torch.Tensor) else type(out)(parts)
 
         if inputs:
@@ -112,23 +115,36 @@ class SequenceParallel:
         length = x.shape[entry.split_dim]
         if not entry.auto_pad and length % self.axis.size:
             raise ValueError(f"'{name}' has {length} tokens, not divisible by {self.axis.size} ranks, and no auto_pad")
-        if entry.stream:
-            self.lengths[name] = length
+        if entry.stream and length != self.lengths.setdefault(name, length):
+            raise RuntimeError(
+                f"the stream '{name}' of {self.lengths[name]} tokens is split again: it has {length} now"
+            )
         return sp_shard(x, entry.split_dim, self.axis)
 
-    def _gather_output(self, module: nn.Module, rule: SequenceParallelOutput, first_stream: str) -> None:
-        stream = rule.stream or first_stream
+    def _gather_output(self, module: nn.Module, pattern: str, rule: SequenceParallelOutput, streams: list[str]) -> None:
+        stream = streams[0] if rule.stream is None else rule.stream
+        if stream not in streams:
+            raise ValueError(f"the plan gathers '{pattern}' as the stream '{stream}'; known: {', '.join(streams)}")
 
         def after(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
             if rule.expected_dims is not None and out.ndim != rule.expected_dims:
                 return out
+            if stream not in self.lengths:
+                raise RuntimeError(f"'{pattern}' is to be gathered, but its stream '{stream}' was not split before it")
             return sp_gather(out, rule.gather_dim, self.axis, self.lengths[stream])
 
         module.register_forward_hook(after)
 
 
-def _streams(rule: Any) -> list[str]:
-    return [] if isinstance(rule, SequenceParallelOutput) else [str(key) for key, entry in rule.items() if entry.stream]
+def _stream(pattern: str, key: str | int) -> str:
+    """The name of what an entry splits: an input's own, or `pos_embed.0` for an element of an output."""
+    return key if isinstance(key, str) else f"{pattern}.{key}"
+
+
+def _streams(pattern: str, rule: SequenceRule) -> list[str]:
+    if isinstance(rule, SequenceParallelOutput):
+        return []
+    return [_stream(pattern, key) for key, entry in rule.items() if entry.stream]
 
 
 # ---- diffusers' attention dispatcher -----------------------------------------------------------------------------
@@ -165,13 +181,19 @@ def _dispatched(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     scale: float | None = None,
     _parallel_config: SequenceParallel | None = None,
 ) -> torch.Tensor:
+    """The dispatcher drops what is not in this signature, so what cannot be done is in it, to be refused."""
     if _parallel_config is None:
         raise RuntimeError("attention was dispatched to sequence parallelism without its parallel object")
-    if attn_mask is not None and attn_mask.ndim == 4:
-        if attn_mask.shape[1:3] != (1, 1):
-            raise NotImplementedError(f"a mask of shape {tuple(attn_mask.shape)}: only masks of keys can be spread")
+    if dropout_p or is_causal or query.shape[2] != key.shape[2]:
+        raise NotImplementedError("causal attention, grouped heads and dropout cannot be spread over a sequence")
+    if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1:3] == (1, 1):
         attn_mask = attn_mask[:, 0, 0]
+    if attn_mask is not None and (attn_mask.ndim != 2 or attn_mask.dtype != torch.bool):
+        shape = f"{attn_mask.dtype} {list(attn_mask.shape)}"
+        raise NotImplementedError(f"a mask of {shape}: only boolean masks of keys can be spread")
     return _parallel_config.attend(query, key, value, attn_mask, scale)

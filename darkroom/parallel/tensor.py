@@ -36,12 +36,18 @@ def shard(module: nn.Module, plan: Plan, config: Mapping[str, Any], axis: Axis) 
             f"{type(module).__name__} has no tensor-parallel plan, but {axis.name}={axis.size} was asked for"
         )
     children = dict(module.named_modules())
+    cut: dict[str, str] = {}
     for pattern, style in plan.tensor.items():
-        found = [child for path, child in children.items() if matches(pattern, path)]
+        found = [path for path in children if matches(pattern, path)]
         if not found:
             raise ValueError(f"the plan names '{pattern}', but {type(module).__name__} has no such module")
-        for child in found:
-            _shard_one(child, style, config, axis)
+        for path in found:
+            needed = style.name if isinstance(style, KeyValueGroups) else "weight"
+            if not hasattr(children[path], needed):
+                raise ValueError(f"the plan names '{path}', but {type(children[path]).__name__} has no '{needed}'")
+            if needed == "weight" and pattern != cut.setdefault(path, pattern):
+                raise ValueError(f"the plan cuts '{path}' twice, as '{cut[path]}' and as '{pattern}'")
+            _shard_one(children[path], style, config, axis)
 
 
 def _shard_one(module: nn.Module, style: TensorStyle, config: Mapping[str, Any], axis: Axis) -> None:
@@ -49,10 +55,12 @@ def _shard_one(module: nn.Module, style: TensorStyle, config: Mapping[str, Any],
         queries, key_values = head_layout(style.heads, config, axis.size, axis.rank)
         setattr(module, style.name, len(queries) // len(key_values))
         return
-    whole_width = next(module.parameters()).shape[1 if isinstance(style, EmbeddingColumns) else 0]
+    whole_width = module.weight.shape[1 if isinstance(style, EmbeddingColumns) else 0]
     for name, parameter in list(module.named_parameters(recurse=False)):
         if cut := cut_parameter(style, name, parameter.shape, config, axis.size, axis.rank):
-            setattr(module, name, nn.Parameter(parameter.new_empty(cut.shape(parameter.shape)), requires_grad=False))
+            part = nn.Parameter(parameter.new_empty(cut.shape(parameter.shape)), requires_grad=False)
+            part.whole_shape = tuple(parameter.shape)  # what the checkpoint must hold
+            setattr(module, name, part)
     if isinstance(style, Rowwise):
         module.register_forward_hook(lambda _module, _args, out: axis.all_reduce(out))
     elif isinstance(style, EmbeddingColumns) or (isinstance(style, Colwise) and style.gather):
