@@ -22,13 +22,12 @@ from darkroom.configs.parallel import ParallelConfig
 from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, read_headers
 from darkroom.parallel.plan import EmbeddingColumns, Plan, lookup
 
-from . import MODELS
+from . import MODELS, hub
 from .base import Component, Model
 
 DEMO = Path(__file__).parent / "demo"
 """The small pipeline that is shipped with Darkroom."""
 
-_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -39,11 +38,14 @@ class Checkpoint:
     folder: Path
     family: type[Model]
     capabilities: Capabilities
+    repository: str | None = None
+    """The hub id, where the folder is the hub's snapshot: it may lack the weights until `pin`."""
 
     @classmethod
     def open(cls, model: str, revision: str | None = None) -> Checkpoint:
         """Raises ConfigError for what is no pipeline, or none that a family runs."""
-        folder = _locate(model, revision)
+        local = _local_folder(model)
+        folder = local or hub.fetch(model, revision)
         index = _read_json(folder / "model_index.json", f"'{model}' is no diffusers pipeline")
         name = str(index.get("_class_name"))
         if name not in MODELS:
@@ -53,7 +55,7 @@ class Checkpoint:
         for part in [*family.components, *named]:
             if not (folder / part).is_dir():
                 raise ConfigError(f"'{model}' is incomplete: the folder {part}/ is missing")
-        return cls(folder, family, _capabilities(family, folder))
+        return cls(folder, family, _capabilities(family, folder), None if local else model)
 
     @cached_property
     def configs(self) -> dict[str, Mapping[str, Any]]:
@@ -72,11 +74,18 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Stored]:
         """A component's parameters as its safetensors files hold them, by the class's own names."""
-        return read_headers(find_weights(self.folder / name), self.family.components[name].rename)
+        folder, rename = self.folder / name, self.family.components[name].rename
+        if self.repository and not any(folder.glob("*.safetensors")):
+            return hub.remote_tensors(self.repository, self.folder.name, folder, rename)
+        return read_headers(find_weights(folder), rename)
 
     def pin(self, config: EngineConfig) -> EngineConfig:
-        """The configuration for the engine, whose processes must all read the folder that was checked: a hub's branch
-        may move meanwhile."""
+        """The configuration for the engine, with the weights here.
+
+        Its processes all read the folder that was checked: a snapshot is named by its commit, a branch may move.
+        """
+        if self.repository:
+            hub.fetch(self.repository, self.folder.name, list(self.family.components))
         return config.model_copy(update={"model": str(self.folder.absolute()), "revision": None})
 
     def check(self, config: ParallelConfig) -> None:
@@ -147,26 +156,15 @@ def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int
             return (1, 0) if rank < config.vae_size else (0, 0)
 
 
-def _locate(model: str, revision: str | None) -> Path:
+def _local_folder(model: str) -> Path | None:
+    """None for a hub id."""
     if model == "demo":
         return DEMO
     if os.path.isdir(folder := os.path.expanduser(model)):
         return Path(folder)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(f"'{model}' is no folder, and no hub id such as Qwen/Qwen-Image; 'demo' always works")
-    return _download(model, revision)
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """The hub's snapshot, from the cache where it is whole."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"'{model}' is no folder here, and the hub did not give it: {reason}") from None
+    return None
 
 
 def _capabilities(family: type[Model], folder: Path) -> Capabilities:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from .mesh import Axis
 
-_INDEX = ".safetensors.index.json"
+_SUFFIX = ".safetensors"
+_INDEX = f"{_SUFFIX}.index.json"
 _THREADS = 8
 """Streams that read one component; more do not help an NVMe disk or a PCIe link."""
 
@@ -49,17 +50,22 @@ class Report:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The safetensors files of one component: those of its index, or its only one. Raises `ConfigError`."""
-    if indices := sorted(folder.glob(f"*{_INDEX}")):
-        files = [folder / name for name in _indexed(indices[0])]
-    else:
-        files = [file for file in sorted(folder.glob("*.safetensors")) if "." not in file.stem]  # no .fp16 variants
-    if not files:
-        raise ConfigError(f"'{folder.name}' holds no safetensors file: Darkroom reads no other format")
-    if not indices and len(files) > 1:
-        raise ConfigError(f"'{folder.name}' holds {len(files)} safetensors files, but no *{_INDEX} that joins them")
+    """The safetensors files of one component. Raises `ConfigError`."""
+    files = [folder / name for name in choose_weights(folder, [file.name for file in folder.iterdir()])]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ConfigError(f"'{folder.name}' lacks {missing[0]}, which its index names")
+    return files
+
+
+def choose_weights(folder: Path, names: Iterable[str]) -> list[str]:
+    """Which of the files `names` hold a component: those of its index in `folder`, or the only one."""
+    if indices := sorted(folder.glob(f"*{_INDEX}")):
+        return _indexed(indices[0])
+    files = [name for name in sorted(names) if name.endswith(_SUFFIX) and name.count(".") == 1]  # no .fp16 variants
+    if not files:
+        raise ConfigError(f"'{folder.name}' holds no safetensors file: Darkroom reads no other format")
+    if len(files) > 1:
+        raise ConfigError(f"'{folder.name}' holds {len(files)} safetensors files, but no *{_INDEX} that joins them")
     return files
 
 
