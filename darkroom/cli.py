@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from . import offline
 from .configs.config import CheckConfig, EngineConfig, GenerateConfig, ServeConfig, engine_config
-from .configs.devices import resolve_device
+from .configs.devices import cuda_devices, resolve_device
 from .configs.errors import ConfigError, RequestError
 from .models.checkpoint import Checkpoint, open_checkpoint
 
@@ -97,7 +97,7 @@ def _check_writable(path: Path) -> None:
 def check(arguments: list[str]) -> int:
     config = CheckConfig.parse(arguments)
     checkpoint = open_checkpoint(config)
-    engine = resolve_device(engine_config(config))
+    engine = resolve_device(engine_config(config), elsewhere=True)
     print(_describe(checkpoint, engine, checkpoint.footprint(engine, engine.dtype)))
     print("valid")
     return 0
@@ -109,7 +109,7 @@ def _describe(checkpoint: Checkpoint, config: EngineConfig, held: list[dict[str,
     device = f"{config.world_size} {config.device} {'ranks' if config.world_size > 1 else 'rank'}"
     rows = [
         ("model", f"{config.model} ({checkpoint.capabilities.family})"),
-        ("devices", f"{device}, {config.dtype}"),
+        ("devices", f"{device}, {config.dtype}{_none_here(config)}"),
         ("axes", ", ".join(axes) or "none"),
         ("vae", _describe_vae(config)),
     ]
@@ -117,6 +117,10 @@ def _describe(checkpoint: Checkpoint, config: EngineConfig, held: list[dict[str,
         sizes = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
         rows.append((ranks, f"{_gigabytes(sum(parts.values()))} of weights: {sizes}"))
     return "\n".join(f"  {name:<10} {value}" for name, value in rows)
+
+
+def _none_here(config: EngineConfig) -> str:
+    return " (there are none on this machine)" if config.device == "cuda" and not cuda_devices() else ""
 
 
 def _describe_vae(config: EngineConfig) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import zmq
 from PIL import Image
 
@@ -17,7 +16,7 @@ from .configs.config import EngineConfig
 from .configs.devices import resolve_device
 from .configs.errors import ConfigError
 from .configs.parallel import ParallelConfig
-from .configs.request import Request, SamplingParams
+from .configs.request import OutputFormat, Request, SamplingParams
 from .engine.launch import EngineProcess
 from .engine.messages import (
     Cancel,
@@ -147,8 +146,8 @@ class Darkroom:
 
 
 def with_format(request: Request, suffix: str) -> Request:
-    """The request for a file of this ending. Raises ConfigError for one that cannot be written."""
-    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    """The request for a file of this ending. Raises ConfigError for one that is not known."""
+    formats: dict[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
     if suffix.lower() not in formats:
         raise ConfigError(f"--output: no format for the ending '{suffix}'; known: {', '.join(formats)}")
-    return msgspec.structs.replace(request, output_format=formats[suffix.lower()])
+    return request.as_file(formats[suffix.lower()])

@@ -6,6 +6,7 @@ processes as JSON.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -151,8 +152,7 @@ def engine_config(config: EngineConfig) -> EngineConfig:
 
 
 def _read_yaml(cls: type[_CommandLine], arguments: list[str]) -> dict[str, Any]:
-    path = _option(arguments, "--config")
-    if path is None:
+    if (path := _config_file(arguments)) is None:
         return {}
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
@@ -162,7 +162,7 @@ def _read_yaml(cls: type[_CommandLine], arguments: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: expected keys and values, such as 'usp: 2'")
     names = _names(cls)
     if unknown := [str(key) for key in values if str(key).replace("_", "-") not in names]:
-        raise ConfigError(f"--config {path}: unknown key '{unknown[0]}'; known: {', '.join(sorted(names))}")
+        raise ConfigError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(names))}")
     return {names[str(key).replace("_", "-")]: value for key, value in values.items()}
 
 
@@ -177,15 +177,15 @@ def _names(cls: type[_CommandLine]) -> dict[str, str]:
     return names
 
 
-def _option(arguments: list[str], flag: str) -> str | None:
-    """The value of the last of these flags, as argparse takes it."""
-    value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == flag:
-            value = following
-        elif argument.startswith(f"{flag}="):
-            value = argument.removeprefix(f"{flag}=")
-    return value
+def _config_file(arguments: list[str]) -> str | None:
+    """The value of `--config`: the file is read before the other flags, which come on top of it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        path: str | None = parser.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError:  # it lacks its value, as the parser of all flags will say
+        return None
+    return path
 
 
 def _first_line(error: ValidationError) -> str:

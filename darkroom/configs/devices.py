@@ -32,13 +32,16 @@ def _visible(names: str, present: int) -> int:
     return sum(takewhile(bool, usable))
 
 
-def resolve_device(config: EngineConfig) -> EngineConfig:
-    """The configuration with `auto` replaced by what this machine has. Raises ConfigError for too few devices."""
+def resolve_device(config: EngineConfig, *, elsewhere: bool = False) -> EngineConfig:
+    """The configuration with `auto` replaced by what this machine has. Raises ConfigError for too few devices.
+
+    With `elsewhere`, a machine without any GPU may plan for one that has them.
+    """
     found = cuda_devices()
     device = ("cuda" if found else "cpu") if config.device == "auto" else config.device
-    if device == "cuda" and config.world_size > found:
+    if device == "cuda" and config.world_size > found and not (elsewhere and not found):
         raise ConfigError(
-            f"this configuration takes {config.world_size} GPUs, and "
+            f"this configuration takes {config.world_size} GPU{'s' * (config.world_size > 1)}, and "
             + (f"{found} can be used here; lower --usp, --ring, --tp or --cfg" if found else "none can be used here")
             + ", or take --device cpu"
         )

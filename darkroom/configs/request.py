@@ -7,6 +7,12 @@ from typing import Literal
 
 import msgspec
 
+from .errors import RequestError
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+_MAX_EDGE: dict[OutputFormat, int] = {"jpeg": 65_535, "webp": 16_383}
+"""What the file formats can hold."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -43,11 +49,22 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     true_cfg_scale: float
     max_sequence_length: int
     seed: int
-    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_format: OutputFormat = "png"
     output_compression: int = 100
     """0 to 100, the quality of JPEG and WebP."""
     partial_images: int = 0
     """How many previews are decoded on the way."""
+
+    def as_file(self, output_format: OutputFormat, output_compression: int = 100) -> Request:
+        """The request for a file of this format. Raises RequestError for a picture that is too long for it."""
+        edge, limit = max(self.width, self.height), _MAX_EDGE.get(output_format)
+        if limit and edge > limit:
+            raise RequestError(
+                f"Invalid size {self.width}x{self.height}: {output_format} files hold at most {limit} pixels a side; "
+                "use png.",
+                param="size",
+            )
+        return msgspec.structs.replace(self, output_format=output_format, output_compression=output_compression)
 
     def picture(self, index: int) -> Request:
         """The request for picture `index` of n. Seeds wrap at 64 bits, as the generator's do."""

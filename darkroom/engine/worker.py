@@ -180,7 +180,9 @@ def _load(config: EngineConfig, rank: int, rendezvous: Path) -> Model:
             device_id=device if device.type == "cuda" else None,
         )
     dtype: torch.dtype = getattr(torch, config.dtype)
-    return build(open_checkpoint(config), config, Mesh(config, rank), device, dtype)
+    mesh = Mesh(config, rank)
+    mesh.connect(device)
+    return build(open_checkpoint(config), config, mesh, device, dtype)
 
 
 def run_worker(config: EngineConfig, rank: int, addresses: tuple[str, str], rendezvous: Path) -> None:

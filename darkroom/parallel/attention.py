@@ -150,7 +150,7 @@ def _kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, h, T, D] -> the same and [B, h, T], by the kernel of the device that returns a log-sum-exp."""
-    if k.shape[2] == 0:
+    if q.shape[2] == 0 or k.shape[2] == 0:  # the kernels divide by both: the process would die
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     bias = None
     if mask is not None:

@@ -90,10 +90,11 @@ class Mesh:
         self.world = self._axis("world", [list(range(self.size))])
         self.vae = self._vae_axis(config.vae_size)
 
-    @property
-    def is_output(self) -> bool:
-        """Whether this rank turns the decoded picture into a file."""
-        return self.rank == 0
+    def connect(self, device: torch.device) -> None:
+        """Let every group talk once. NCCL connects a group at its first call, in which all its ranks must take part."""
+        for axis in (self.cfg, self.ring, self.ulysses, self.tp, self.sequence, self.world, self.vae):
+            if axis is not None:
+                axis.all_reduce(torch.zeros(1, device=device))
 
     def _axis(self, name: str, lines: list[list[int]]) -> Axis:
         if len(lines[0]) == 1:

@@ -42,7 +42,9 @@ async def _serve(
     client = EngineClient(engine.address)
     app = create_app(capabilities=capabilities, served_name=config.served_name, client=client)
     server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_SECONDS)
+        uvicorn.Config(
+            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_SECONDS
+        )
     )
     announcing = asyncio.create_task(_announce(client, listener, server))
     _when_ended(engine, lambda code: _engine_lost(client, server, code))
