@@ -14,7 +14,7 @@ from PIL import Image
 
 from .configs.config import EngineConfig
 from .configs.devices import resolve_device
-from .configs.errors import ConfigError
+from .configs.errors import ConfigError, RequestError
 from .configs.parallel import ParallelConfig
 from .configs.request import OutputFormat, Request, SamplingParams
 from .engine.launch import EngineProcess
@@ -75,6 +75,8 @@ class Darkroom:
         Raises RequestError for parameters that the model cannot take, GenerationError when the engine fails.
         """
         params = params or SamplingParams()
+        if params.n < 1:
+            raise RequestError(f"Invalid n {params.n}: expected at least 1.", param="n", code="integer_below_min_value")
         request = self.capabilities.resolve(prompt, params)
         pictures: list[Image.Image] = []
         for finished in self.run([request.picture(i) for i in range(params.n)], on_progress):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the server's processes too: more threads than cores crawl
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: stands before what imports the hub's client
 
-from tests import tiny
+from pathlib import Path  # noqa: E402
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the server's processes; the machine is shared
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests import tiny  # noqa: E402
+
 torch.set_num_threads(1)
 
 

@@ -11,6 +11,8 @@ import pynvml
 from .config import EngineConfig
 from .errors import ConfigError
 
+_CPU_RANKS = 64
+
 
 def cuda_devices() -> int:
     """How many GPUs a worker could use: 0 without a driver, or with torch's CPU build."""
@@ -45,13 +47,16 @@ def resolve_device(config: EngineConfig, *, elsewhere: bool = False) -> EngineCo
             + (f"{found} can be used here; lower --usp, --ring, --tp or --cfg" if found else "none can be used here")
             + ", or take --device cpu"
         )
+    if device == "cpu" and config.world_size > _CPU_RANKS:
+        raise ConfigError(f"{config.world_size} ranks on CPUs, where more than {_CPU_RANKS} only wait for each other")
     dtype = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
     return config.model_copy(update={"device": device, "dtype": dtype})
 
 
 def torch_threads(workers: int) -> int:
     """CPU threads for each of `workers` processes: OMP_NUM_THREADS if it is set, else an equal share of the cores."""
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, len(os.sched_getaffinity(0)) // workers)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # further numbers are for nested regions
+    return int(asked) if asked.isdecimal() and int(asked) else max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def worker_environment() -> dict[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ class EngineProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=worker_environment(),
+            process_group=0,
         )
         assert self.process.stdin is not None
         self.process.stdin.write(config.model_dump_json().encode() + b"\n")
@@ -49,7 +52,7 @@ class EngineProcess:
         try:
             self.process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)  # its fork server too, which is deaf while it imports torch
             self.process.wait()
         shutil.rmtree(self.run_dir, ignore_errors=True)
 

@@ -122,12 +122,8 @@ class ImageRequest(BaseModel):
             max_sequence_length=self.max_sequence_length,
             seed=self.seed,
         )
-        return msgspec.structs.replace(
-            capabilities.resolve(self.prompt, params),
-            output_format=self.output_format,
-            output_compression=self.output_compression,
-            partial_images=self.partial_images,
-        )
+        request = capabilities.resolve(self.prompt, params).as_file(self.output_format, self.output_compression)
+        return msgspec.structs.replace(request, partial_images=self.partial_images)
 
 
 Base64 = Annotated[msgspec.Raw, GetPydanticSchema(lambda *_: core_schema.str_schema())]

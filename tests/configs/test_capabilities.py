@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from darkroom.configs import Capabilities, Request, RequestError, SamplingParams
+
+CAPABILITIES = Capabilities(
+    family="A family",
+    tasks=("text-to-image",),
+    size_multiple=16,
+    min_edge=64,
+    max_pixels=512 * 512,
+    default_size=(256, 128),
+    num_inference_steps=50,
+    min_inference_steps=2,
+    max_inference_steps=200,
+    quality_steps={"low": 20, "medium": 35, "high": 50},
+    true_cfg_scale=4.0,
+    max_guidance=100.0,
+    negative_prompt=" ",
+    max_sequence_length=512,
+    text_window=1024,
+    guidance_branches=2,
+    axes=("tp",),
+)
+
+
+def resolve(prompt: str = "a cat", **params: Any) -> Request:
+    return CAPABILITIES.resolve(prompt, SamplingParams(**params))
+
+
+# ---- size ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(None, (256, 128)), ("auto", (256, 128)), ("64x512", (64, 512)), ("1x99999", (1, 99999))],
+)
+def test_a_size_is_read(size: str | None, expected: tuple[int, int]) -> None:
+    assert CAPABILITIES.parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "64", "64x", "x64", "64X64", "064x64", "0x64", "-64x64", "64x64x1", "64*64",
+                                  " 64x64", "64x64\n", "٦٤x64", "100000x64", "1024x1024" * 99])  # fmt: skip
+def test_a_size_that_is_none(size: str) -> None:
+    with pytest.raises(RequestError, match="expected 'auto' or 'WIDTHxHEIGHT', such as '256x128'") as caught:
+        CAPABILITIES.parse_size(size)
+    assert caught.value.param == "size"
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("size", [(64, 64), (512, 512), (64, 4096), (80, 112)])
+def test_sizes_that_are_fine(size: tuple[int, int]) -> None:
+    width, height = size
+    assert (resolve(width=width, height=height).width, resolve(width=width, height=height).height) == size
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (
+            100,
+            128,
+            "100x128: A family makes pictures whose width and height are multiples of 16; the nearest is 96x128",
+        ),
+        (1, 1, "the nearest is 64x64"),
+        (48, 128, "each edge must be at least 64 pixels"),
+        (0, 0, "each edge must be at least 64 pixels"),
+        (-64, -64, "each edge must be at least 64 pixels"),
+        (512, 528, "270336 pixels, and this model makes at most 262144"),
+        (2**40, 2**40, "at most 262144"),
+    ],
+)
+def test_sizes_that_are_not(width: int, height: int, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        resolve(width=width, height=height)
+    assert caught.value.param == "size"
+
+
+def test_one_edge_may_be_given_alone() -> None:
+    assert (resolve(width=64).width, resolve(width=64).height) == (64, 128)
+
+
+# ---- the rest ------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_models() -> None:
+    request = resolve()
+    assert request == Request(
+        prompt="a cat",
+        negative_prompt=" ",
+        width=256,
+        height=128,
+        num_inference_steps=50,
+        true_cfg_scale=4.0,
+        max_sequence_length=512,
+        seed=request.seed,
+    )
+
+
+def test_what_is_given_is_taken() -> None:
+    params: dict[str, Any] = {
+        "width": 64,
+        "height": 80,
+        "num_inference_steps": 2,
+        "true_cfg_scale": 0.0,
+        "negative_prompt": "",
+        "max_sequence_length": 1024,
+        "seed": 2**64 - 1,
+    }
+    request = resolve("  a cat\n", **params)
+    assert request.prompt == "  a cat\n"
+    assert {name: getattr(request, name) for name in params} == params
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n\t", "\u2003"])
+def test_a_blank_prompt(prompt: str) -> None:
+    with pytest.raises(RequestError, match="blank") as caught:
+        resolve(prompt)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("params", "steps"),
+    [
+        ({}, 50),
+        ({"quality": "low"}, 20),
+        ({"quality": "medium"}, 35),
+        ({"quality": "low", "num_inference_steps": 7}, 7),
+        ({"num_inference_steps": 2}, 2),
+        ({"num_inference_steps": 200}, 200),
+    ],
+)
+def test_quality_sets_the_steps_where_nothing_else_does(params: dict[str, Any], steps: int) -> None:
+    assert resolve(**params).num_inference_steps == steps
+
+
+BELOW, ABOVE = "integer_below_min_value", "integer_above_max_value"
+
+
+@pytest.mark.parametrize(
+    ("param", "value", "expected", "code"),
+    [
+        ("num_inference_steps", 1, "2 to 200", BELOW),
+        ("num_inference_steps", 201, "2 to 200", ABOVE),
+        ("max_sequence_length", 0, "1 to 1024", BELOW),
+        ("max_sequence_length", 1025, "1 to 1024", ABOVE),
+        ("seed", -1, r"0 to 2\^64 - 1", BELOW),
+        ("seed", 2**64, r"0 to 2\^64 - 1", ABOVE),
+        ("true_cfg_scale", -0.1, "from 0 to 100", "invalid_value"),
+        ("true_cfg_scale", 100.5, "from 0 to 100", "invalid_value"),
+        ("true_cfg_scale", float("nan"), "from 0 to 100", "invalid_value"),
+        ("true_cfg_scale", float("inf"), "from 0 to 100", "invalid_value"),
+        ("guidance_scale", 3.5, "use 'true_cfg_scale'", "invalid_value"),
+    ],
+)
+def test_what_the_model_cannot_take(param: str, value: float, expected: str, code: str) -> None:
+    """The error names the thing, the value and the rule."""
+    with pytest.raises(RequestError, match=expected) as caught:
+        resolve(**{param: value})
+    assert param in str(caught.value)
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+def test_a_guidance_scale_without_effect_is_let_through() -> None:
+    assert resolve(guidance_scale=1.0, seed=0) == resolve(seed=0)
+
+
+def test_no_seed_is_a_random_one() -> None:
+    assert len({resolve().seed for _ in range(10)}) > 1
+
+
+# ---- override ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_may_override_any_field() -> None:
+    other = CAPABILITIES.override({"default_size": [64, 64], "family": "Another"})
+    assert (other.default_size, other.family, other.min_edge) == ((64, 64), "Another", 64)
+
+
+@pytest.mark.parametrize("values", [{"nope": 1}, {"default_size": [64]}, {"quality_steps": {"best": 1}}])
+def test_an_override_is_checked(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        CAPABILITIES.override(values)

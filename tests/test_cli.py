@@ -1,0 +1,196 @@
+"""The command line: the real command for a few, and a table of what it refuses."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from darkroom.cli import main
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A command of this environment, as a user types it."""
+    path = [str(BIN / command[0]), *command[1:]]
+    return subprocess.run(path, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+# ---- darkroom ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert all(f"darkroom {command} MODEL" in output for command in ("serve", "generate", "check"))
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "check"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: darkroom {command} ")
+
+
+def test_python_m_darkroom_is_the_command() -> None:
+    assert run("python", "-m", "darkroom", "--help").stdout == run("darkroom", "--help").stdout != ""
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unread(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose weights are no weights: what is refused for another reason has not read them."""
+    folder = Path(shutil.copytree(checkpoints["four_heads"], tmp_path_factory.mktemp("unread") / "model"))
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(b"")
+    return folder
+
+
+BAD_FLAGS = [
+    (["--tp", "0"], "--tp '0': input should be greater than or equal to 1"),
+    (["--tp", "5"], "the transformer has 4; use a product of at most 4"),
+    (["--usp", "2", "--tp", "4"], "8 ranks share the heads"),
+    (["--cfg", "3"], "use --cfg 1 or --cfg 2"),
+    (["--ring", "2", "--attention-backend", "native"], "leave the backend at auto"),
+    (["--device", "gpu"], "'auto', 'cpu' or 'cuda'"),
+    (["--nope"], "--nope"),
+    (["--config", "/none.yaml"], "/none.yaml"),
+]
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "check"])
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS)
+def test_a_bad_flag_gets_one_line_and_exit_code_2(
+    command: str, flags: list[str], message: str, unread: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ["a cat"] if command == "generate" else []
+    assert main([command, str(unread), *prompt, *flags]) == 2
+    refused(capsys, message)
+
+
+def refused(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("darkroom: ")
+    assert message in output.err
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "no command 'nope'; known: serve, generate, check"),
+        (["serve"], "MODEL"),
+        (["check", "./nothing"], "'./nothing' is no folder, and no hub id"),
+        (["generate", "demo"], "PROMPT"),
+        (["generate", "demo", ""], "'prompt' is blank"),
+        (["generate", "demo", "a cat", "--width", "100"], "the nearest is 96x128"),
+        (["generate", "demo", "a cat", "--num-inference-steps", "1"], "Invalid num_inference_steps 1"),
+        (["generate", "demo", "a cat", "--seed", "-1"], "Invalid seed -1"),
+        (["generate", "demo", "a cat", "-n", "11"], "-n '11'"),
+        (["generate", "demo", "a cat", "-o", "out.gif"], "--output: no format for the ending '.gif'"),
+        (["generate", "demo", "a cat", "-o", "out"], "known: .png, .jpg, .jpeg, .webp"),
+        (
+            ["generate", "demo", "a cat", "-o", "/nowhere/out.png"],
+            "--output /nowhere/out.png: the folder does not exist",
+        ),
+        (["serve", "demo", "--host", "not an address", "--port", "0"], "--host not an address"),
+    ],
+)
+def test_what_cannot_be_gets_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+
+
+def test_a_folder_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.png").mkdir()
+    assert main(["generate", "demo", "a cat", "-o", str(tmp_path / "out.png")]) == 2
+    refused(capsys, "this is a folder")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_file_that_may_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    assert main(["generate", "demo", "a cat", "-o", str(tmp_path / "out.png")]) == 2
+    refused(capsys, "may not be written")
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_checkpoint_that_is_cut_off_is_named(command: str, unread: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(unread), "--port", "0"] if command == "serve" else [command, str(unread)]) == 2
+    refused(capsys, "diffusion_pytorch_model.safetensors is not a whole safetensors file")
+
+
+def test_the_bare_serve_command() -> None:
+    refusal = run("serve", "demo", "--tp", "0")
+    assert (refusal.returncode, refusal.stdout) == (2, "")
+    assert refusal.stderr == "darkroom: --tp '0': input should be greater than or equal to 1\n"
+
+
+# ---- check ---------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_each_rank_would_hold() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    checked = run("darkroom", "check", "demo", "--device", "cpu", "--tp", "2", "--cfg", "2", "--vae-pp", "2")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    rows = [line.split(maxsplit=1) for line in checked.stdout.splitlines()]
+    assert rows[0] == ["model", "demo (Darkroom demo)"]
+    assert rows[1] == ["devices", "4 cpu ranks, float32"]
+    assert rows[2] == ["axes", "cfg 2, tp 2"]
+    assert rows[3] == ["vae", "decodes on 2 ranks, patches"]
+    assert rows[-1] == ["valid"]
+    assert "ranks 0-1  0.0" in checked.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # without importing torch
+
+
+def test_check_says_that_the_vae_is_cut_to_the_ranks_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "demo", "--device", "cpu", "--usp", "2", "--vae-pp", "4", "--vae-use-tiling"]) == 0
+    output = capsys.readouterr().out
+    assert "decodes on 2 ranks, tiles (--vae-pp 4 is cut to the 2 ranks there are)" in output
+
+
+def test_check_reads_a_file_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "darkroom.yaml").write_text("usp: 2\nring_degree: 2\ndevice: cpu")
+    assert main(["check", "demo", "--config", str(tmp_path / "darkroom.yaml"), "--ring", "3"]) == 0
+    assert "6 cpu ranks" in capsys.readouterr().out
+
+
+# ---- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_files_and_shows_its_progress(tmp_path: Path) -> None:
+    flags = "-o out.jpg -n 2 --seed 5 --num-inference-steps 3 --width 112 --height 80 --device cpu"
+    done = run("darkroom", "generate", "demo", "a red star", *flags.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out-0.jpg (seed 5)\nout-1.jpg (seed 6)\n"
+    assert "6/6" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-0.jpg", "out-1.jpg"]
+    pictures = [Image.open(tmp_path / name) for name in ("out-0.jpg", "out-1.jpg")]
+    assert [(picture.format, picture.size) for picture in pictures] == [("JPEG", (112, 80))] * 2
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+def test_generate_of_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.b.png"
+    flags = ["--num-inference-steps", "2", "--width", "64", "--height", "64", "--device", "cpu"]
+    assert main(["generate", "demo", "a red star", "-o", str(path), *flags]) == 0
+    assert capsys.readouterr().out.startswith(f"{path} (seed ")
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size) == ("PNG", (64, 64))

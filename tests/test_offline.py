@@ -1,0 +1,171 @@
+"""Pictures without a server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from darkroom import Darkroom, ParallelConfig, RequestError, SamplingParams
+from darkroom.configs import ConfigError
+from darkroom.models.checkpoint import DEMO
+from darkroom.offline import GenerationError, with_format
+from tests import golden
+from tests.engine.peer import eventually, have_gone, tree
+
+PARAMS = SamplingParams(width=112, height=80, num_inference_steps=3, seed=7)
+
+
+@pytest.fixture(scope="module")
+def darkroom() -> Iterator[Darkroom]:
+    with Darkroom("demo", ParallelConfig(ulysses_degree=2), device="cpu") as darkroom:
+        yield darkroom
+
+
+def expected(prompt: str, seed: int) -> np.ndarray[Any, Any]:
+    """What one process makes of it."""
+    with golden.worker(DEMO, ParallelConfig()) as one:
+        [(_, decoded)] = golden.generate(one, [golden.request(prompt, true_cfg_scale=2.5, seed=seed)]).values()
+        assert decoded is not None
+        return np.asarray(one.model.pictures(decoded)[0], int)
+
+
+def test_pictures_are_those_of_one_process(darkroom: Darkroom) -> None:
+    first, second = darkroom.generate("a red circle", SamplingParams(**{**vars(PARAMS), "n": 2}))
+    for seed, picture in ((7, first), (8, second)):
+        assert isinstance(picture, Image.Image)
+        assert (picture.size, picture.mode, picture.info["seed"]) == ((112, 80), "RGB", seed)
+        assert np.abs(np.asarray(picture, int) - expected("a red circle", seed)).max() <= 1
+
+
+def test_progress_is_told_over_all_pictures(darkroom: Darkroom) -> None:
+    heard: list[tuple[int, int]] = []
+    darkroom.generate("a cat", SamplingParams(**{**vars(PARAMS), "n": 2}), on_progress=lambda *x: heard.append(x))
+    assert heard == [(i, 6) for i in range(1, 7)]
+
+
+def test_defaults_are_the_models(darkroom: Darkroom) -> None:
+    steps: list[int] = []
+    [picture] = darkroom.generate("a cat", on_progress=lambda done, total: steps.append(total))
+    assert picture.size == darkroom.capabilities.default_size == (128, 128)
+    assert steps == [20] * 20
+    assert 0 <= picture.info["seed"] < 2**32
+
+
+@pytest.mark.parametrize(
+    ("values", "param"),
+    [({"width": 100}, "size"), ({"num_inference_steps": 0}, "num_inference_steps"), ({"n": 0}, "n")],
+)
+def test_what_the_model_cannot_take(values: dict[str, int], param: str, darkroom: Darkroom) -> None:
+    with pytest.raises(RequestError) as caught:
+        darkroom.generate("a cat", SamplingParams(**values))
+    assert caught.value.param == param
+    with pytest.raises(RequestError, match="blank"):
+        darkroom.generate("")
+
+
+def test_a_failure_of_the_engine_is_no_fault_of_the_request(darkroom: Darkroom) -> None:
+    huge = golden.request(width=2**20, height=2**20)  # never let through by `generate`
+    with pytest.raises(GenerationError):
+        darkroom.run([huge, golden.request()])
+    assert len(darkroom.generate("a cat", PARAMS)) == 1
+
+
+def test_an_interrupted_call_leaves_nothing_behind(darkroom: Darkroom) -> None:
+    def interrupt(done: int, _: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        darkroom.generate("a cat", SamplingParams(num_inference_steps=200, n=4), on_progress=interrupt)
+    [picture] = darkroom.generate("a red circle", PARAMS)
+    assert np.abs(np.asarray(picture, int) - expected("a red circle", 7)).max() <= 1
+
+
+def test_a_dead_engine_is_noticed_and_closing_ends_all(darkroom: Darkroom) -> None:
+    """The last test with this engine."""
+    processes = tree(darkroom._engine.process.pid)
+    assert len(processes) >= 4
+
+    def kill(done: int, _: int) -> None:
+        darkroom._engine.process.kill()
+
+    with pytest.raises(GenerationError, match="the engine process ended with exit code -9"):
+        darkroom.generate("a cat", SamplingParams(num_inference_steps=200), on_progress=kill)
+    darkroom.close()
+    assert have_gone(processes)
+    assert not darkroom._engine.run_dir.exists()
+    darkroom.close()  # a second time does nothing
+
+
+# ---- what cannot be ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("./nothing", {}, "is no folder"),
+        ("demo", {"device": "gpu"}, "--device 'gpu'"),
+        ("demo", {"tp": 0}, "--tp 0"),
+        ("demo", {"nope": 1}, "--nope 1: extra inputs are not permitted"),
+        ("demo", {"ulysses_degree": 64}, "the transformer has"),
+    ],
+)
+def test_a_bad_configuration_is_refused_at_once(model: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Darkroom(model, **options)
+
+
+def test_a_checkpoint_that_cannot_be_loaded(
+    checkpoints: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["four_heads"], tmp_path / "model"))
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:9999])
+    with pytest.raises(ConfigError, match=r"vae/diffusion_pytorch_model\.safetensors is not a whole safetensors file"):
+        Darkroom(folder, device="cpu")
+    assert capfd.readouterr().err == ""  # so that a command can say it in one line
+
+
+@pytest.mark.parametrize(
+    ("suffix", "output_format"), [(".png", "png"), (".JPG", "jpeg"), (".jpeg", "jpeg"), (".webp", "webp")]
+)
+def test_a_files_ending_names_its_format(suffix: str, output_format: str) -> None:
+    assert with_format(golden.request(), suffix).output_format == output_format
+
+
+@pytest.mark.parametrize("suffix", ["", ".gif", "png"])
+def test_an_ending_that_names_no_format(suffix: str) -> None:
+    with pytest.raises(ConfigError, match=r"known: \.png, \.jpg, \.jpeg, \.webp"):
+        with_format(golden.request(), suffix)
+
+
+# ---- as a script -----------------------------------------------------------------------------------------------
+
+SCRIPT = """
+from darkroom import Darkroom, ParallelConfig, SamplingParams
+
+darkroom = Darkroom(model="demo", device="cpu")
+[picture] = darkroom.generate("a red circle", SamplingParams(width=112, height=80, num_inference_steps=3, seed=7))
+picture.save("picture.png")
+print(darkroom._engine.run_dir)
+"""
+
+
+def test_a_script_needs_no_main_guard_and_may_forget_to_close(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    picture = np.asarray(Image.open(tmp_path / "picture.png"), int)
+    assert np.abs(picture - expected("a red circle", 7)).max() <= 1
+    assert eventually(lambda: not Path(done.stdout.strip()).exists())
