@@ -7,12 +7,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the server's processes too: more threads than cores crawl
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: stands before what imports the hub's client
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from tests import tiny  # noqa: E402
+from tests import tiny
 
 torch.set_num_threads(1)
 

@@ -38,13 +38,16 @@ def request(prompt: str = "a red circle", **values: Any) -> Request:
 
 
 @contextmanager
-def worker(folder: Path, parallel: ParallelConfig, rank: int = 0, device: str = "cpu") -> Iterator[Worker]:
-    """A rank's worker with the checkpoint loaded in fp32."""
+def worker(
+    folder: Path, parallel: ParallelConfig, rank: int = 0, device: str = "cpu", dtype: str = "float32"
+) -> Iterator[Worker]:
+    """A rank's worker with the checkpoint loaded."""
     config = EngineConfig.model_validate(
-        {"model": str(folder), "device": device, "dtype": "float32", **parallel.model_dump()}
+        {"model": str(folder), "device": device, "dtype": dtype, **parallel.model_dump()}
     )
+    mesh, torch_dtype = Mesh(config, rank), getattr(torch, dtype)
     with torch.inference_mode():
-        yield Worker(build(open_checkpoint(config), config, Mesh(config, rank), torch.device(device), torch.float32))
+        yield Worker(build(open_checkpoint(config), config, mesh, torch.device(device), torch_dtype))
 
 
 def generate(worker: Worker, requests: Sequence[Request], *, batched: bool = False) -> Outputs:

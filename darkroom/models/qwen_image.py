@@ -200,8 +200,8 @@ class QwenImage(Model):
         z: torch.Tensor = pipe._unpack_latents(
             torch.cat(list(latents)), request.height, request.width, pipe.vae_scale_factor
         ).to(pipe.vae.dtype)
-        mean, scale = torch.tensor(config.latents_mean), 1.0 / torch.tensor(config.latents_std)
-        return z / scale.view(1, -1, 1, 1, 1).to(z) + mean.view(1, -1, 1, 1, 1).to(z)
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1).to(z) for x in (config.latents_mean, config.latents_std))
+        return z / (1.0 / std) + mean  # in bfloat16 every other order rounds to another picture than stock's
 
     def _decode_tile(self, z: torch.Tensor) -> torch.Tensor:
         """One tile of one frame, as the stock tiled decode does it: [B, C, 1, h, w] -> [B, 3, 1, H, W], not clamped."""
