@@ -21,7 +21,7 @@ from pathlib import Path
 import zmq
 
 from darkroom.configs.config import EngineConfig
-from darkroom.models import MODELS
+from darkroom.models.checkpoint import Checkpoint
 
 from .messages import (
     Command,
@@ -204,8 +204,8 @@ def _process_context(config: EngineConfig) -> mp.context.BaseContext:
     if config.device == "cuda":
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    families = set(MODELS.values())
-    modules = {component.module for family in families for component in family.components.values()}
+    components = Checkpoint.open(config.model, config.revision).family.components
+    modules = {component.module for component in components.values()}
     context.set_forkserver_preload(["darkroom.engine.worker", *sorted(modules)])
     return context
 

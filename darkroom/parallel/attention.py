@@ -154,8 +154,8 @@ def _kernel(
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     bias = None
     if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
-        bias = bias[:, None, None, :].expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        row = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+        bias = _aligned(row)[:, None, None, :].expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale
@@ -164,13 +164,11 @@ def _kernel(
     if bias is None and q.dtype in (torch.float16, torch.bfloat16):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
         return out, lse
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None if bias is None else _aligned(bias), True, 0.0, False, scale=scale
-    )
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False, scale=scale)
     return out, lse[:, :, : q.shape[2]]  # this kernel pads the rows of its log-sum-exp
 
 
-def _aligned(bias: torch.Tensor) -> torch.Tensor:
-    """The memory-efficient kernel wants the rows of its bias to start at multiples of 16 elements."""
-    keys = bias.shape[-1]
-    return F.pad(bias, (0, -keys % 16))[..., :keys]
+def _aligned(row: torch.Tensor) -> torch.Tensor:
+    """CUDA's memory-efficient kernel wants the rows of its bias to start at multiples of 16 elements. [B, keys]"""
+    keys = row.shape[-1]
+    return F.pad(row, (0, -keys % 16))[..., :keys]

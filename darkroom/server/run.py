@@ -46,22 +46,23 @@ async def _serve(
             app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_SECONDS
         )
     )
-    announcing = asyncio.create_task(_announce(client, listener, server))
+    following = asyncio.create_task(_follow(client, listener, server))
     _when_ended(engine, lambda code: _engine_lost(client, server, code))
     await server.serve(sockets=[listener])
-    announcing.cancel()
+    following.cancel()
     client.close()
     return _exit_code(client)
 
 
-async def _announce(client: EngineClient, listener: socket.socket, server: uvicorn.Server) -> None:
-    """Say when the model is loaded; end the server if it cannot be."""
-    while (status := await client.changed()).state != "ready":
-        if status.state == "failed":
-            print(f"darkroom: {status.detail}", file=sys.stderr, flush=True)
-            server.should_exit = True
-            return
-    print(f"ready: {_url(listener)}/v1", flush=True)
+async def _follow(client: EngineClient, listener: socket.socket, server: uvicorn.Server) -> None:
+    """Say when the model is loaded, and again after workers were lost; end the server if it cannot be."""
+    was_ready = False
+    while (status := await client.changed()).state != "failed":
+        if (is_ready := status.state == "ready") and not was_ready:
+            print(f"ready: {_url(listener)}/v1", flush=True)
+        was_ready = is_ready
+    print(f"darkroom: {status.detail}", file=sys.stderr, flush=True)
+    server.should_exit = True
 
 
 def _when_ended(engine: EngineProcess, call: Callable[[int], None]) -> None:

@@ -284,3 +284,48 @@ def test_a_ring_sends_the_next_block_before_it_attends_over_this_one() -> None:
 def test_ulysses_trades_and_never_attends_in_blocks() -> None:
     for log, _ in run_ranks(run_recorded, 2, {"usp": 2}, False):
         assert log == ["all_to_all_single"] * 4
+
+
+# ---- every device's kernels, each with and without a mask ------------------------------------------------------------
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("queries", "keys"), [(64, 64), (35, 129), (129, 35), (1, 257), (257, 2), (7, 16)])
+def test_a_block_and_its_log_sum_exp_are_plain_attention(
+    queries: int, keys: int, dtype: torch.dtype, masked: bool, device: str
+) -> None:
+    """Also from two blocks, merged as a ring does. Odd lengths: kernels pad and align, and must not tell."""
+    generator = torch.Generator().manual_seed(queries + keys)
+    q, k, v = (
+        torch.randn(2, length, 5, 128, generator=generator).to(device, dtype) for length in (queries, keys, keys)
+    )
+    mask = torch.rand(2, keys, generator=generator).to(device) > 0.4 if masked else None
+    if mask is not None:
+        mask[0, 0], mask[1, keys // 2 :] = True, False  # the second block of the second row has no key that counts
+        mask[1, 0] = True
+    scores = torch.einsum("bqhd,bkhd->bqhk", q.double(), k.double()) / math.sqrt(128)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
+    expected = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), v.double())
+
+    out, lse = attention._attend_block(q, k, v, mask, None)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert float((out - expected).abs().max()) <= tolerance
+    assert float((lse - scores.logsumexp(-1, keepdim=True)).abs().max()) <= (2e-5 if dtype == torch.float32 else 1e-3)
+
+    merged, total = torch.zeros_like(q, dtype=torch.float32), q.new_full((2, queries, 5, 1), float("-inf")).float()
+    for block in (slice(keys // 2), slice(keys // 2, keys)):
+        part = attention._attend_block(q, k[:, block], v[:, block], None if mask is None else mask[:, block], None)
+        merged, total = attention._merge(merged, total, *part)
+    assert float((merged - expected).abs().max()) <= tolerance
