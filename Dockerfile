@@ -14,9 +14,11 @@ COPY pyproject.toml README.md LICENSE /src/
 COPY darkroom /src/darkroom
 RUN pip install --no-cache-dir /src && rm -rf /src
 
-RUN useradd --create-home darkroom
+# uid 1000, as most hosts' first user: a mounted cache can be written. Ubuntu's image has that user already.
+RUN (userdel --remove ubuntu 2>/dev/null || true) && useradd --uid 1000 --create-home darkroom
 USER darkroom
 WORKDIR /home/darkroom
+RUN mkdir -p .cache/huggingface
 VOLUME /home/darkroom/.cache/huggingface
 
 EXPOSE 8000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -57,6 +58,7 @@ class Darkroom:
         checkpoint = open_checkpoint(config)
         self.capabilities = checkpoint.capabilities
         self._engine = EngineProcess(checkpoint.pin(resolve_device(config)))
+        self._lock = threading.Lock()  # one socket, whose answers must not be read by another thread's call
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
@@ -88,6 +90,10 @@ class Darkroom:
 
     def run(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Finished]:
         """Encoded pictures, in the order of the requests, which run side by side."""
+        with self._lock:
+            return self._run(requests, on_progress)
+
+    def _run(self, requests: Sequence[Request], on_progress: OnProgress | None) -> list[Finished]:
         ids = [uuid.uuid4().hex for _ in requests]
         total, done = sum(request.num_inference_steps for request in requests), 0
         finished: dict[str, Finished] = {}

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_progress_is_told_over_all_pictures(darkroom: Darkroom) -> None:
     heard: list[tuple[int, int]] = []
     darkroom.generate("a cat", SamplingParams(**{**vars(PARAMS), "n": 2}), on_progress=lambda *x: heard.append(x))
     assert heard == [(i, 6) for i in range(1, 7)]
+
+
+def test_calls_from_several_threads_wait_for_each_other(darkroom: Darkroom) -> None:
+    params = [SamplingParams(seed=seed, num_inference_steps=2, width=64, height=64) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        pictures = list(pool.map(lambda each: darkroom.generate("a star", each)[0], params))
+    assert [picture.info["seed"] for picture in pictures] == [0, 1, 2, 3]
 
 
 def test_defaults_are_the_models(darkroom: Darkroom) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import takewhile
 
 import pynvml
@@ -12,6 +13,14 @@ from .config import EngineConfig
 from .errors import ConfigError
 
 _CPU_RANKS = 64
+_BACKEND_PACKAGES = {
+    "flash": "flash_attn",
+    "_flash_3": "flash_attn_interface",
+    "sage": "sageattention",
+    "xformers": "xformers",
+    **dict.fromkeys(("flash_hub", "_flash_3_hub", "sage_hub"), "kernels"),
+}
+"""What must be importable for a kernel that does not come with torch."""
 
 
 def cuda_devices() -> int:
@@ -49,8 +58,19 @@ def resolve_device(config: EngineConfig, *, elsewhere: bool = False) -> EngineCo
         )
     if device == "cpu" and config.world_size > _CPU_RANKS:
         raise ConfigError(f"{config.world_size} ranks on CPUs, where more than {_CPU_RANKS} only wait for each other")
+    if not elsewhere:
+        _check_backend(config.attention_backend, device)
     dtype = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
     return config.model_copy(update={"device": device, "dtype": dtype})
+
+
+def _check_backend(backend: str, device: str) -> None:
+    """Raises ConfigError for an attention kernel that is not installed, or not for this device."""
+    if device == "cpu" and backend not in ("auto", "native", "_native_math"):
+        raise ConfigError(f"--attention-backend {backend}: this kernel is for GPUs; on CPUs leave it at auto")
+    package = _BACKEND_PACKAGES.get(backend)
+    if package and find_spec(package) is None:
+        raise ConfigError(f"--attention-backend {backend}: the package '{package}' is not installed")
 
 
 def torch_threads(workers: int) -> int:

@@ -13,12 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from zmq import IPC_PATH_MAX_LEN
+
 from darkroom.configs.config import EngineConfig
 from darkroom.configs.devices import worker_environment
+from darkroom.configs.errors import ConfigError
 
 from .engine import engine_address
 
-_STOP_SECONDS = 4.0
+_STOP_SECONDS = 2.5
 
 
 class EngineProcess:
@@ -28,9 +31,9 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.run_dir = Path(tempfile.mkdtemp(prefix="darkroom-"))
+        self.run_dir = _make_run_dir()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "darkroom.engine", str(self.run_dir)],
+            [sys.executable, "-P", "-m", "darkroom.engine", str(self.run_dir)],  # -P: no code from the current folder
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=worker_environment(),
@@ -61,3 +64,19 @@ class EngineProcess:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+
+def _make_run_dir() -> Path:
+    """A private folder for the sockets. Raises ConfigError where none can be made."""
+    try:
+        run_dir = Path(tempfile.mkdtemp(prefix="darkroom-"))
+    except OSError as e:
+        raise ConfigError(f"no temporary folder for the sockets can be made: {e.strerror or e}; set TMPDIR") from None
+    longest = f"{run_dir}/workers99/replies"
+    if len(longest.encode()) > IPC_PATH_MAX_LEN:
+        run_dir.rmdir()
+        raise ConfigError(
+            f"the temporary folder's path is too long for sockets ({len(longest)} characters of at most "
+            f"{IPC_PATH_MAX_LEN}); set TMPDIR to a shorter one"
+        )
+    return run_dir

@@ -112,7 +112,6 @@ class Exit(Message, frozen=True):
 
 class Loaded(Message, frozen=True):
     rank: int
-    device: str
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,7 +95,7 @@ class Worker:
 
     def _mark_step(self) -> None:
         if self.model.device.type == "cuda":
-            self.last_step = torch.cuda.Event()
+            self.last_step = torch.cuda.Event(blocking=True)  # waits without spinning on a core
             self.last_step.record()
 
 
@@ -126,7 +127,7 @@ class WorkerProcess:
             logger.log(logging.DEBUG if isinstance(e, ConfigError) else logging.ERROR, "loading failed", exc_info=True)
             self._send(Error(rank=self.rank, error=str(e), is_config_error=isinstance(e, ConfigError)))
             return
-        self._send(Loaded(rank=self.rank, device=str(worker.model.device)))
+        self._send(Loaded(rank=self.rank))
         with torch.inference_mode():
             while not isinstance(command := decode_command(self.commands.recv()), Exit):
                 self._send(self._obey(worker, command))
@@ -136,8 +137,12 @@ class WorkerProcess:
         try:
             if isinstance(command, Decode):
                 self._encode(worker, command, worker.decode(command))
+                _wait_for_device(worker.model.device)  # the time is the decode's, and the encoder finds it done
                 return Done(rank=self.rank)
             return Done(rank=self.rank, prepared=worker.execute(command))
+        except torch.AcceleratorError:
+            logger.exception("the device is lost to rank %d", self.rank)
+            os._exit(1)  # every later call would fail too: the engine starts another process
         except Exception as e:
             logger.exception("%s failed on rank %d", type(command).__name__, self.rank)
             return Error(rank=self.rank, error=f"{type(e).__name__}: {e}")
@@ -165,12 +170,19 @@ class WorkerProcess:
         self.replies.send(encode(reply))
 
 
+def _wait_for_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _load(config: EngineConfig, rank: int, rendezvous: Path) -> Model:
     device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(torch_threads(config.world_size))
+    if config.dtype == "float32":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32, the default, would be another picture than a CPU's
     if config.world_size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

@@ -2,6 +2,7 @@
 
 Replies are awaited from all ranks: equal errors on all are one request's fault; anything else (a rank that died, that
 hangs, or that failed alone while the others wait for it in a collective) breaks the group, and it is killed whole.
+Several GPUs are killed for any error: what a rank enqueued before it would meet the next request's collectives.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -65,6 +67,7 @@ class WorkerGroup:
         self.config = config
         self.context = context
         self.run_dir = run_dir
+        self.spawn: Any = _process_context(config)
         self.generation = 0
         self.processes: list[mp.process.BaseProcess] = []
         self.commands: list[zmq.Socket[bytes]] = []
@@ -89,9 +92,8 @@ class WorkerGroup:
         folder.mkdir()
         self.replies = self._bind(zmq.PULL, f"ipc://{folder}/replies")
         self.commands = [self._bind(zmq.PUSH, f"ipc://{folder}/{rank}") for rank in range(self.config.world_size)]
-        spawn = _process_context(self.config)
         self.processes = [
-            spawn.Process(  # type: ignore[attr-defined]
+            self.spawn.Process(
                 target=_worker_main,
                 args=(self.config.model_dump_json(), rank, str(folder)),
                 name=f"worker {rank}",
@@ -165,9 +167,14 @@ class WorkerGroup:
         self.awaited = {}
         if not errors:
             return True
+        first = errors[0]
         if len(errors) < self.config.world_size:
-            raise WorkersLost(f"rank {errors[0].rank} failed alone: {errors[0].error}")
-        raise CommandFailed(errors[0].error)
+            raise WorkersLost(f"rank {first.rank} failed alone: {first.error}")
+        if any(error.error != first.error for error in errors):
+            raise WorkersLost(f"the ranks failed differently; rank {first.rank}: {first.error}")
+        if self.config.device == "cuda" and self.config.world_size > 1:
+            raise WorkersLost(f"every rank failed: {first.error}")
+        raise CommandFailed(first.error)
 
     def _check_alive(self) -> None:
         for process in self.processes:
@@ -194,7 +201,9 @@ class WorkerGroup:
         """Let the workers end by themselves, for at most `seconds`."""
         if self.ready:
             self.send(Exit())
-            connection.wait([process.sentinel for process in self.processes], seconds)
+            deadline = time.monotonic() + seconds
+            for process in self.processes:
+                process.join(max(0.0, deadline - time.monotonic()))
         self.kill()
 
 

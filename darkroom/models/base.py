@@ -85,6 +85,11 @@ class Model(ABC):
     """diffusers' pipeline classes, as named in model_index.json."""
     capabilities: ClassVar[Capabilities]
     components: ClassVar[dict[str, Component]]
+    files: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
+        (("scheduler/scheduler_config.json",),),
+        (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt")),
+    )
+    """Files beside the components that the pipeline needs: of each entry, one of the alternatives."""
 
     def __init__(self, pipe: DiffusionPipeline, mesh: Mesh, device: torch.device, *, use_tiling: bool = False) -> None:
         """`pipe` holds this rank's parts; components that it does not need are None."""

@@ -55,6 +55,9 @@ class Checkpoint:
         for part in [*family.components, *named]:
             if not (folder / part).is_dir():
                 raise ConfigError(f"'{model}' is incomplete: the folder {part}/ is missing")
+        for choices in family.files:
+            if not any(all((folder / file).is_file() for file in files) for files in choices):
+                raise ConfigError(f"'{model}' is incomplete: {' and '.join(choices[0])} is missing")
         return cls(folder, family, _capabilities(family, folder), None if local else model)
 
     @cached_property
@@ -75,9 +78,13 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Stored]:
         """A component's parameters as its safetensors files hold them, by the class's own names."""
         folder, rename = self.folder / name, self.family.components[name].rename
-        if self.repository and not any(folder.glob("*.safetensors")):
-            return hub.remote_tensors(self.repository, self.folder.name, folder, rename)
-        return read_headers(find_weights(folder), rename)
+        try:
+            files = find_weights(folder)
+        except ConfigError:
+            if self.repository is None:
+                raise
+            return hub.remote_tensors(self.repository, self.folder.name, folder, rename)  # not, or half, fetched yet
+        return read_headers(files, rename)
 
     def pin(self, config: EngineConfig) -> EngineConfig:
         """The configuration for the engine, with the weights here.

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from httpx2 import HTTPError
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from tqdm.auto import tqdm
 
 from darkroom.configs.errors import ConfigError
@@ -32,7 +33,7 @@ def fetch(repository: str, revision: str | None, weights_of: Sequence[str] = ())
     try:
         bar = tqdm if weights_of else _Silent
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, tqdm_class=bar))
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
+    except (HTTPError, HFValidationError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"'{repository}' is no folder here, and the hub did not give it: {reason}") from None
 
@@ -54,6 +55,7 @@ def remote_tensors(
             for key, stored in api.parse_safetensors_file_metadata(repository, file, revision=revision).tensors.items():
                 if parameter := rename(key):
                     tensors[parameter] = Stored(Path(file), key, tuple(stored.shape))
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        raise ConfigError(f"'{repository}': the hub did not give the headers of {component.name}/: {e}") from None
+    except (HTTPError, OSError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"'{repository}': the hub did not give the headers of {component.name}/: {reason}") from None
     return tensors

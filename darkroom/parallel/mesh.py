@@ -81,6 +81,8 @@ class Mesh:
     def __init__(self, config: ParallelConfig, rank: int = 0) -> None:
         self.rank = rank
         self.size = config.world_size
+        self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        """By their ranks: axes that span the same ranks share a group, and NCCL's memory for it."""
         names, shape = tuple(config.axes), tuple(config.axes.values())
         grid = torch.arange(self.size).reshape(shape)
         self.cfg, self.ring, self.ulysses, self.tp = (
@@ -99,14 +101,21 @@ class Mesh:
     def _axis(self, name: str, lines: list[list[int]]) -> Axis:
         if len(lines[0]) == 1:
             return Axis(name, ranks=(self.rank,))
-        group, _ = dist.new_subgroups_by_enumeration(lines)
         mine = next(line for line in lines if self.rank in line)
-        return Axis(name, len(mine), mine.index(self.rank), group, tuple(mine))
+        return Axis(name, len(mine), mine.index(self.rank), self._group(lines), tuple(mine))
 
     def _vae_axis(self, size: int) -> Axis | None:
         ranks = list(range(size))
-        group = dist.new_group(ranks) if size > 1 else None  # every rank takes part in making a group
+        group = self._group([ranks]) if size > 1 else None
         return Axis("vae", size, self.rank, group, tuple(ranks)) if self.rank < size else None
+
+    def _group(self, lines: list[list[int]]) -> dist.ProcessGroup | None:
+        """This rank's group among `lines`; None outside of them. Every rank takes part in making every group."""
+        key = tuple(tuple(line) for line in lines)
+        if key not in self._groups:
+            groups = {line: dist.new_group(list(line)) for line in key}
+            self._groups[key] = next((group for line, group in groups.items() if self.rank in line), None)
+        return self._groups[key]
 
 
 def _lines(grid: torch.Tensor, dims: tuple[int, ...]) -> list[list[int]]:

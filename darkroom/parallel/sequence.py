@@ -12,10 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _check_attention_backend_requirements,
+    _maybe_download_kernel_for_backend,
+    dispatch_attention_fn,
+)
 from torch import nn
 
-from .attention import attend, sdpa
+from .attention import LocalAttention, attend, sdpa
 from .mesh import Axis, Mesh
 from .plan import Plan, SequenceParallelInput, SequenceParallelOutput, SequenceRule, chunk_sizes, matches
 
@@ -35,9 +41,7 @@ class SequenceParallel:
 
     def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh, backend: str = "auto") -> None:
         self.mesh = mesh
-        self.local = (
-            sdpa if backend == "auto" else partial(dispatch_attention_fn, backend=AttentionBackendName(backend))
-        )
+        self.local = sdpa if backend == "auto" else _local_attention(AttentionBackendName(backend))
         self.axis = mesh.sequence
         self.lengths: dict[str, int] = {}
         """Whole token count of each stream that was split so far."""
@@ -152,6 +156,13 @@ def _streams(pattern: str, rule: SequenceRule) -> list[str]:
 # our own, registered once beside diffusers' own, gets the `SequenceParallel` of the very module that attends.
 
 _BACKEND = "darkroom_sequence_parallel"
+
+
+def _local_attention(backend: AttentionBackendName) -> LocalAttention:
+    """One of diffusers' kernels, checked and fetched now and not at the first request."""
+    _check_attention_backend_requirements(backend)
+    _maybe_download_kernel_for_backend(backend)
+    return partial(dispatch_attention_fn, backend=backend)
 
 
 def _connect_attention(module: nn.Module, parallel: SequenceParallel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any, NoReturn, TypeVar
 
@@ -16,6 +17,8 @@ from .errors import ApiError
 
 JSON_LIMIT = 2 * 1024 * 1024
 """Bytes of a JSON body without pictures."""
+
+_BODY_SECONDS = 60.0
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -70,10 +73,14 @@ async def _read(request: Request, limit: int) -> bytes:
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
-            raise too_large
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"The body did not arrive within {_BODY_SECONDS:g} seconds.") from None
     return bytes(data)
 
 

@@ -122,3 +122,26 @@ def test_gloo_talks_over_the_loopback_unless_told_otherwise(monkeypatch: pytest.
     assert worker_environment()["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     assert worker_environment()["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("flash", "this kernel is for GPUs"),
+        ("_native_cudnn", "this kernel is for GPUs"),
+        ("sage_hub", "this kernel is for GPUs"),
+    ],
+)
+def test_a_kernel_that_this_machine_cannot_run(backend: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cuda_devices", lambda: 0)
+    config = EngineConfig.model_validate({"model": "demo", "attention_backend": backend})
+    with pytest.raises(ConfigError, match=message):
+        module.resolve_device(config)
+    module.resolve_device(config, elsewhere=True)
+
+
+def test_a_kernel_whose_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cuda_devices", lambda: 1)
+    config = EngineConfig.model_validate({"model": "demo", "attention_backend": "flash"})
+    with pytest.raises(ConfigError, match="the package 'flash_attn' is not installed"):
+        module.resolve_device(config)

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from darkroom.configs.errors import ConfigError
 from darkroom.engine import launch
 from darkroom.engine.launch import EngineProcess
 from darkroom.models.checkpoint import DEMO
@@ -47,3 +48,24 @@ def test_the_engine_process_needs_no_torch() -> None:
     """It would take seconds to start, and half a gigabyte."""
     script = "import sys, darkroom.engine.engine, darkroom.engine.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(DEMO).parent, check=False).returncode == 0
+
+
+def test_no_code_is_taken_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("msgspec.py", "torch.py", "queue.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'taken')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    with EngineProcess(config("demo")) as engine:
+        assert eventually(lambda: len(sockets(engine.run_dir)) > 1)
+    assert not (tmp_path / "taken").exists()
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with pytest.raises(ConfigError, match="too long for sockets"):
+        EngineProcess(config("demo"))
+    assert list(deep.iterdir()) == []
+    monkeypatch.setattr("tempfile.tempdir", str(deep / "none"))
+    with pytest.raises(ConfigError, match="no temporary folder"):
+        EngineProcess(config("demo"))

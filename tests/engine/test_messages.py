@@ -56,7 +56,7 @@ MESSAGES: dict[type[Message], Message] = {
     Decode: Decode(ids=("a",), preview=0),
     Drop: Drop(ids=()),
     Exit: Exit(),
-    Loaded: Loaded(rank=3, device="cuda:3"),
+    Loaded: Loaded(rank=3),
     Done: Done(rank=1, prepared=(Prepared(num_steps=20, text_tokens=7, image_tokens=64),)),
     Error: Error(rank=1, error="no", is_config_error=True),
     Encoded: Encoded(id="a", image=b"\x89PNG", seconds=0.5, preview=0),

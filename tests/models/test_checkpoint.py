@@ -119,6 +119,8 @@ TRANSFORMER = "transformer/config.json"
         (without("text_encoder"), "is incomplete: the folder text_encoder/ is missing"),
         (without("tokenizer"), "is incomplete: the folder tokenizer/ is missing"),
         (without("scheduler"), "is incomplete: the folder scheduler/ is missing"),
+        (without("scheduler/scheduler_config.json"), "is incomplete: scheduler/scheduler_config.json is missing"),
+        (without("tokenizer/tokenizer.json"), "is incomplete: tokenizer/tokenizer.json is missing"),
         (without(TRANSFORMER), "'model' is incomplete: transformer/config.json is missing"),
         (without("vae/config.json"), "'model' is incomplete: vae/config.json is missing"),
         (with_text(TRANSFORMER, "?"), "transformer/config.json is not JSON: "),

@@ -26,15 +26,11 @@ def counted_groups() -> Iterator[list[Any]]:
     """Meshes can be made without processes; what groups they ask for is recorded."""
     made: list[Any] = []
 
-    def subgroups(lines: list[list[int]]) -> tuple[object, None]:
-        made.append(lines)
-        return object(), None
-
     def group(ranks: list[int]) -> object:
-        made.append([ranks])
+        made.append(ranks)
         return object()
 
-    with patch.object(dist, "new_subgroups_by_enumeration", subgroups), patch.object(dist, "new_group", group):
+    with patch.object(dist, "new_group", group):
         yield made
 
 
@@ -79,8 +75,8 @@ def test_the_vae_axis_is_the_first_ranks(asked: int, size: int) -> None:
     ("degrees", "groups"),
     [
         ({}, []),
-        ({"tp": 2}, [[[0, 1]], [[0, 1]]]),  # tp, and the world
-        ({"usp": 2, "tp": 2}, [[[0, 2], [1, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 1, 2, 3]]]),
+        ({"tp": 2, "vae-pp": 2}, [[0, 1]]),  # tp, the world and the vae share it
+        ({"usp": 2, "tp": 2}, [[0, 2], [1, 3], [0, 1], [2, 3], [0, 1, 2, 3]]),
     ],
 )
 def test_an_axis_of_size_one_makes_no_group(degrees: dict[str, int], groups: list[Any]) -> None:

@@ -233,6 +233,26 @@ def test_a_worker_that_is_killed_is_an_error_and_not_the_end() -> None:
         assert server.picture().shape == (128, 128, 3)
 
 
+def test_workers_that_cannot_be_started_again_end_the_server(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    with serve(str(folder)) as server:
+        (folder / "transformer").rename(tmp_path / "elsewhere")
+        server.workers[0].kill()
+        assert server.process.wait(40) == 2
+
+
+def test_a_server_that_is_stopped_while_it_starts_leaves_nothing() -> None:
+    before = run_folders()
+    process = start("demo")
+    assert wait_until(lambda: any(file.is_socket() for new in run_folders() - before for file in new.rglob("*")))
+    tree = psutil.Process(process.pid).children(recursive=True)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=15)
+    assert time.monotonic() - started < 5.5
+    assert wait_until(lambda: not any(alive(child) for child in tree) and run_folders() == before)
+
+
 def test_without_an_engine_the_server_ends() -> None:
     with serve("demo") as server:
         tree = server.tree
