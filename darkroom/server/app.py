@@ -32,8 +32,14 @@ def create_app(*, capabilities: Capabilities, served_name: str, client: EngineCl
         await asyncio.gather(listener, return_exceptions=True)
 
     failures: dict[int | str, dict[str, Any]] = {kind: {"model": ErrorEnvelope} for kind in ("4XX", "5XX")}
-    pages = {"docs_url": None, "redoc_url": None}  # they load scripts from elsewhere; /openapi.json is the document
-    app = FastAPI(title="Darkroom", lifespan=lifespan, redirect_slashes=False, responses=failures, **pages)
+    app = FastAPI(
+        title="Darkroom",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses=failures,
+        docs_url=None,  # these pages load scripts from elsewhere; /openapi.json is the document
+        redoc_url=None,
+    )
     app.state.context = context = Context(capabilities=capabilities, served_name=served_name, client=client)
     app.add_middleware(Outermost, metrics=context.metrics)
     app.add_exception_handler(HTTPException, http_exception)
