@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -41,9 +42,14 @@ async def _serve(
 ) -> int:
     client = EngineClient(engine.address)
     app = create_app(capabilities=capabilities, served_name=config.served_name, client=client)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_SECONDS
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            date_header=False,
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
         )
     )
     following = asyncio.create_task(_follow(client, listener, server))
@@ -54,7 +60,27 @@ async def _serve(
     return _exit_code(client)
 
 
-async def _follow(client: EngineClient, listener: socket.socket, server: uvicorn.Server) -> None:
+class _Server(uvicorn.Server):
+    """Sleeps until it is told to stop; uvicorn's own loop looks ten times a second, and renews its Date header."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._told = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._told.set()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._loop.call_soon_threadsafe(self._told.set)  # a signal handler alone does not wake the loop
+
+    async def main_loop(self) -> None:
+        await self._told.wait()
+
+
+async def _follow(client: EngineClient, listener: socket.socket, server: _Server) -> None:
     """Say when the model is loaded, and again after workers were lost; end the server if it cannot be."""
     was_ready = False
     while (status := await client.changed()).state != "failed":
@@ -62,7 +88,7 @@ async def _follow(client: EngineClient, listener: socket.socket, server: uvicorn
             print(f"ready: {_url(listener)}/v1", flush=True)
         was_ready = is_ready
     print(f"darkroom: {status.detail}", file=sys.stderr, flush=True)
-    server.should_exit = True
+    server.stop()
 
 
 def _when_ended(engine: EngineProcess, call: Callable[[int], None]) -> None:
@@ -77,11 +103,11 @@ def _when_ended(engine: EngineProcess, call: Callable[[int], None]) -> None:
     threading.Thread(target=wait, daemon=True).start()  # asyncio.run waits for its own threads; this one outlives it
 
 
-def _engine_lost(client: EngineClient, server: uvicorn.Server, code: int) -> None:
+def _engine_lost(client: EngineClient, server: _Server, code: int) -> None:
     """Answer those who wait, and end."""
     if not server.should_exit:
         client.fail_all(EngineError("unavailable", f"the engine process ended with exit code {code}"))
-        server.should_exit = True
+        server.stop()
 
 
 def _exit_code(client: EngineClient) -> int:
