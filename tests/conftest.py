@@ -19,9 +19,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Qwen-Image with 4 heads, and with 5, which no number of ranks divides."""
+    """By name. Those with 5 heads: no number of ranks divides them."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {
-        "four_heads": tiny.qwen_image(root / "four_heads"),
-        "five_heads": tiny.qwen_image(root / "five_heads", heads=5, encoder_heads=6, encoder_kv_heads=2),
+        "qwen_image_4_heads": tiny.qwen_image(root / "qwen_image_4_heads"),
+        "qwen_image_5_heads": tiny.qwen_image(
+            root / "qwen_image_5_heads", heads=5, encoder_heads=6, encoder_kv_heads=2
+        ),
+        "z_image_4_heads": tiny.z_image(root / "z_image_4_heads"),
+        "z_image_5_heads": tiny.z_image(root / "z_image_5_heads", heads=5),
     }

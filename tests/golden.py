@@ -30,7 +30,7 @@ def request(prompt: str = "a red circle", **values: Any) -> Request:
         "width": 112,
         "height": 80,
         "num_inference_steps": 3,
-        "true_cfg_scale": 4.0,
+        "guidance_scale": 4.0,
         "max_sequence_length": 512,
         "seed": 0,
     }

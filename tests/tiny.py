@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
+)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3Model
 
 from darkroom.models.checkpoint import DEMO
 
@@ -45,13 +51,76 @@ def qwen_image(
         "text_encoder": _text_encoder(HEAD_DIM * encoder_heads, encoder_heads, encoder_kv_heads),
         "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(DEMO / "scheduler"),
     }
+    return _save(folder, "QwenImagePipeline", parts, dtype, shard_size)
+
+
+def z_image(folder: Path, *, heads: int = 4, layers: int = 2, dtype: torch.dtype = torch.float32) -> Path:
+    """A Z-Image pipeline of `heads` x 16, with two refiner blocks a stream as the real one has."""
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=HEAD_DIM * heads,
+        n_layers=layers,
+        n_refiner_layers=2,
+        n_heads=heads,
+        n_kv_heads=heads,
+        cap_feat_dim=64,
+        axes_dims=[4, 6, 6],
+    )
+    with torch.no_grad():
+        for token in (transformer.x_pad_token, transformer.cap_pad_token):
+            token.normal_(std=0.02)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=128,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    )
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=757,
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": Qwen3Model(config),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return _save(folder, "ZImagePipeline", parts, dtype)
+
+
+def _save(folder: Path, pipeline: str, parts: dict[str, Any], dtype: torch.dtype, shard_size: str = "10GB") -> Path:
+    """The diffusers layout. The tokenizer is the demo's, with a chat template for those that use one."""
+    index: dict[str, Any] = {"_class_name": pipeline, "tokenizer": ["transformers", "Qwen2Tokenizer"]}
     for name, part in parts.items():
-        sharded = {} if name == "scheduler" else {"max_shard_size": shard_size}
-        part = part.to(dtype) if isinstance(part, torch.nn.Module) else part
-        part.save_pretrained(folder / name, **sharded)
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype).save_pretrained(folder / name, max_shard_size=shard_size)
+        else:
+            part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
     shutil.copytree(DEMO / "tokenizer", folder / "tokenizer")
-    shutil.copy(DEMO / "model_index.json", folder)
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": _CHAT}))
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
 
 
 def _text_encoder(hidden: int, heads: int, kv_heads: int) -> Qwen2_5_VLForConditionalGeneration:

@@ -34,7 +34,10 @@ class Capabilities(BaseModel):
     max_inference_steps: int
     quality_steps: dict[Literal["low", "medium", "high"], int]
     """Steps by the OpenAI `quality` field, for a request that names no number of its own."""
-    true_cfg_scale: float
+    guidance_parameter: Literal["true_cfg_scale", "guidance_scale"]
+    """The field of a request that sets the strength of classifier-free guidance, by the stock pipeline's name."""
+    guidance_scale: float
+    """The model card's strength."""
     max_guidance: float
     negative_prompt: str
     """The negative prompt of a request that has none."""
@@ -65,14 +68,13 @@ class Capabilities(BaseModel):
         height = self.default_size[1] if params.height is None else params.height
         self._check_prompt(prompt)
         self._check_size(width, height)
-        self._check_guidance(params)
         return Request(
             prompt=prompt,
             negative_prompt=self.negative_prompt if params.negative_prompt is None else params.negative_prompt,
             width=width,
             height=height,
             num_inference_steps=self._steps(params),
-            true_cfg_scale=self.true_cfg_scale if params.true_cfg_scale is None else float(params.true_cfg_scale),
+            guidance_scale=self._guidance(params),
             max_sequence_length=self._sequence_length(params.max_sequence_length),
             seed=secrets.randbelow(2**32) if params.seed is None else self._seed(params.seed),
         )
@@ -100,19 +102,22 @@ class Capabilities(BaseModel):
                 param="size",
             )
 
-    def _check_guidance(self, params: SamplingParams) -> None:
-        scale = params.true_cfg_scale
-        if scale is not None and not 0 <= scale <= self.max_guidance:
+    def _guidance(self, params: SamplingParams) -> float:
+        scales = {"true_cfg_scale": params.true_cfg_scale, "guidance_scale": params.guidance_scale}
+        scale = scales.pop(self.guidance_parameter)
+        [(other, value)] = scales.items()
+        if value not in (None, 1):  # one is no guidance, which is what not having it means
             raise RequestError(
-                f"Invalid true_cfg_scale {scale}: expected a number from 0 to {self.max_guidance:g}.",
-                param="true_cfg_scale",
+                f"{self.family} takes '{self.guidance_parameter}'; '{other}' would have no effect.", param=other
             )
-        if params.guidance_scale not in (None, 1):
+        if scale is None:
+            return self.guidance_scale
+        if not 0 <= scale <= self.max_guidance:
             raise RequestError(
-                f"{self.family} is not guidance-distilled, so 'guidance_scale' would have no effect; "
-                "use 'true_cfg_scale'.",
-                param="guidance_scale",
+                f"Invalid {self.guidance_parameter} {scale}: expected a number from 0 to {self.max_guidance:g}.",
+                param=self.guidance_parameter,
             )
+        return float(scale)
 
     def _steps(self, params: SamplingParams) -> int:
         steps = params.num_inference_steps

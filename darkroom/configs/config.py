@@ -127,7 +127,8 @@ class GenerateConfig(EngineConfig, _CommandLine):
     width: int | None = Field(None, description="pixels")
     height: int | None = Field(None, description="pixels")
     num_inference_steps: int | None = Field(None, description="denoising steps")
-    true_cfg_scale: float | None = Field(None, description="strength of classifier-free guidance")
+    true_cfg_scale: float | None = Field(None, description="strength of guidance, for models that call it so")
+    guidance_scale: float | None = Field(None, description="strength of guidance, for the other models")
     max_sequence_length: int | None = Field(None, description="prompt tokens after which the text is cut off")
     seed: int | None = Field(None, description="the same seed gives the same picture")
     n: int = Field(1, ge=1, le=10, description="how many pictures; with more than one, files get -0, -1, ...")
@@ -140,6 +141,7 @@ class GenerateConfig(EngineConfig, _CommandLine):
             height=self.height,
             num_inference_steps=self.num_inference_steps,
             true_cfg_scale=self.true_cfg_scale,
+            guidance_scale=self.guidance_scale,
             max_sequence_length=self.max_sequence_length,
             seed=self.seed,
             n=self.n,

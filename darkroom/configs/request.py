@@ -24,9 +24,9 @@ class SamplingParams:
     """Pixels."""
     num_inference_steps: int | None = None
     true_cfg_scale: float | None = None
-    """Strength of classifier-free guidance; 1 or less switches it off and halves the work."""
+    """Strength of classifier-free guidance, for models that call it so; 1 or less switches it off, for half the work."""
     guidance_scale: float | None = None
-    """The distilled guidance input, for models that have one."""
+    """The same, for the other models."""
     negative_prompt: str | None = None
     max_sequence_length: int | None = None
     """Prompt tokens after which the text is cut off."""
@@ -46,7 +46,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     width: int
     height: int
     num_inference_steps: int
-    true_cfg_scale: float
+    guidance_scale: float
+    """Strength of classifier-free guidance; 1 or less: none."""
     max_sequence_length: int
     seed: int
     output_format: OutputFormat = "png"

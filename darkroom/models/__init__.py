@@ -2,8 +2,9 @@
 
 from .base import Component, Model, Sample
 from .qwen_image import QwenImage
+from .z_image import ZImage
 
-FAMILIES: tuple[type[Model], ...] = (QwenImage,)
+FAMILIES: tuple[type[Model], ...] = (QwenImage, ZImage)
 
 MODELS: dict[str, type[Model]] = {name: family for family in FAMILIES for name in family.pipelines}
 """Family by the pipeline class that model_index.json names."""

@@ -7,7 +7,7 @@ module level needs no torch, so that the command line can read capabilities and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from darkroom.parallel.mesh import Mesh
-    from darkroom.parallel.spatial import PatchDecoder
+    from darkroom.parallel.spatial import PatchDecoder, Tiling
+
+    Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class Sample:
     branches: list[dict[str, Any]]
     """The transformer's conditioning, one set per guidance branch, the conditional first."""
     text_tokens: int
+    image_tokens: int
     estimate: torch.Tensor | None = None
     """The clean latents as the last step saw them; kept for requests that want previews."""
     step: int = 0
@@ -120,6 +123,21 @@ class Model(ABC):
     @abstractmethod
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Latents of samples of one size -> pictures [B, 3, H, W] in [-1, 1], on the output rank; None elsewhere."""
+
+    def spread_decode(
+        self, z: torch.Tensor, decode: Decode, decode_tile: Decode, tiling: Tiling
+    ) -> torch.Tensor | None:
+        """The VAE's own `decode` over the ranks that take part: by rows, or by tiles where tiling is asked for.
+
+        The picture on the output rank, None on the others.
+        """
+        from darkroom.parallel.spatial import decode_tiles
+
+        if self.patches is None or self.mesh.vae is None:
+            return None
+        if self.use_tiling and tiling.applies(*z.shape[-2:]):
+            return decode_tiles(z, decode_tile, tiling, self.mesh.vae)
+        return self.patches.decode(z, decode)
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
         """[B, 3, H, W] in [-1, 1] -> PIL pictures, rounded as the stock pipeline does."""

@@ -109,7 +109,7 @@ class Checkpoint:
                 f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} has {branches} guidance branches; "
                 f"use --cfg 1 or --cfg {branches}"
             )
-        heads = int(self.configs["transformer"]["num_attention_heads"])
+        heads = lookup(self.configs["transformer"], next(_head_counts(self.family.components["transformer"].plan)))
         used = config.tensor_parallel_size * config.ulysses_degree
         if used > heads:
             raise ConfigError(

@@ -78,7 +78,8 @@ class QwenImage(Model):
         min_inference_steps=2,  # with one step, the scheduler's terminal shift divides zero by zero
         max_inference_steps=200,
         quality_steps={"low": 20, "medium": 35, "high": 50},
-        true_cfg_scale=4.0,
+        guidance_parameter="true_cfg_scale",
+        guidance_scale=4.0,
         max_guidance=100.0,
         negative_prompt=" ",
         max_sequence_length=512,
@@ -111,7 +112,7 @@ class QwenImage(Model):
     }
 
     def prepare(self, request: Request) -> Sample:
-        prompts = [request.prompt, request.negative_prompt][: 2 if request.true_cfg_scale > 1 else 1]
+        prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
         branches = [self._encode(prompt, request.max_sequence_length) for prompt in prompts]
         embeds = branches[0]["encoder_hidden_states"]
         latents = self._noise(request, embeds.dtype)
@@ -121,6 +122,7 @@ class QwenImage(Model):
             scheduler=self._timesteps(request, latents.shape[1]),
             branches=branches,
             text_tokens=embeds.shape[1],
+            image_tokens=latents.shape[1],
         )
 
     def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
@@ -172,24 +174,21 @@ class QwenImage(Model):
         if len(predictions) == 1:
             return predictions[0]
         cond, uncond = predictions
-        guided = uncond + sample.request.true_cfg_scale * (cond - uncond)
+        guided = uncond + sample.request.guidance_scale * (cond - uncond)
         return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        from darkroom.parallel.spatial import Tiling, decode_tiles
+        from darkroom.parallel.spatial import Tiling
 
-        if self.patches is None or self.mesh.vae is None:
+        if (vae := self.pipe.vae) is None:
             return None
-        vae, z = self.pipe.vae, self._denormalise(samples[0].request, latents)
         tiling = Tiling(
             tile=(vae.tile_sample_min_height, vae.tile_sample_min_width),
             stride=(vae.tile_sample_stride_height, vae.tile_sample_stride_width),
             scale=vae.spatial_compression_ratio,
         )
-        if self.use_tiling and tiling.applies(*z.shape[-2:]):
-            decoded = decode_tiles(z, self._decode_tile, tiling, self.mesh.vae)
-        else:
-            decoded = self.patches.decode(z, lambda rows: vae.decode(rows, return_dict=False)[0])
+        z = self._denormalise(samples[0].request, latents)
+        decoded = self.spread_decode(z, lambda x: vae.decode(x, return_dict=False)[0], self._decode_tile, tiling)
         return None if decoded is None else decoded[:, :, 0]
 
     def _denormalise(self, request: Request, latents: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -64,7 +64,18 @@ class KeyValueGroups:
     name: str
 
 
-TensorStyle = Colwise | Rowwise | EmbeddingColumns | KeyValueGroups
+@dataclass(frozen=True)
+class LocalHeads:
+    """Set the module's attribute `name` to the number of heads that this rank holds.
+
+    Only for attention that reshapes by that number; some derive the head dim from it, and need it as it was.
+    """
+
+    heads: Heads
+    name: str
+
+
+TensorStyle = Colwise | Rowwise | EmbeddingColumns | KeyValueGroups | LocalHeads
 
 # ---- sequence parallelism --------------------------------------------------------------------------------------
 
@@ -109,6 +120,8 @@ class Plan:
 
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
     sequence: Mapping[str, SequenceRule] = field(default_factory=dict)
+    attention: Sequence[str] = ()
+    """Sequence parallelism: the modules that attend over all ranks' tokens; by default every one with a processor."""
     whole_rows: Sequence[str] = ()
     """Spatial parallelism: modules that need all rows of the picture at once, such as attention."""
     spatial: str | None = None
@@ -169,7 +182,7 @@ def chunk_sizes(length: int, parts: int) -> list[int]:
 def style_of(plan: Plan, path: str) -> TensorStyle | None:
     """How the linear layer or embedding at `path` is cut; None: every rank holds it whole."""
     for pattern, style in plan.tensor.items():
-        if not isinstance(style, KeyValueGroups) and matches(pattern, path):
+        if not isinstance(style, KeyValueGroups | LocalHeads) and matches(pattern, path):
             return style
     return None
 

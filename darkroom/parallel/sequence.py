@@ -7,7 +7,7 @@ nor an exchange of sizes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,15 +75,12 @@ class SequenceParallel:
             raise ValueError(f"the sequence plan of {name} marks no input as a stream")
         module.register_forward_pre_hook(lambda _module, _args: self.lengths.clear())
         for pattern, rule in plan.sequence.items():
-            found = [child for path, child in module.named_modules() if matches(pattern, path)]
-            if not found:
-                raise ValueError(f"the plan names '{pattern}', but {name} has no such module")
-            for child in found:
+            for child in _named(module, pattern).values():
                 if isinstance(rule, SequenceParallelOutput):
                     self._gather_output(child, pattern, rule, streams)
                 else:
                     self._split(child, pattern, rule)
-        _connect_attention(module, self)
+        _connect_attention(module, self, plan.attention)
 
     def _split(self, module: nn.Module, pattern: str, rule: Mapping[str | int, SequenceParallelInput]) -> None:
         inputs = {key: entry for key, entry in rule.items() if isinstance(key, str) and not entry.split_output}
@@ -135,9 +132,20 @@ class SequenceParallel:
                 return out
             if stream not in self.lengths:
                 raise RuntimeError(f"'{pattern}' is to be gathered, but its stream '{stream}' was not split before it")
-            return sp_gather(out, rule.gather_dim, self.axis, self.lengths[stream])
+            return sp_gather(out, rule.gather_dim, self.axis, self.lengths.pop(stream))  # it may be split anew
 
         module.register_forward_hook(after)
+
+
+def _named(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules that a plan's key names, by path. `blocks.-1` is the last element of a ModuleList."""
+    before, last, after = pattern.partition(".-1")
+    if last:
+        pattern = f"{before}.{len(list(module.get_submodule(before).children())) - 1}{after}"
+    found = {path: child for path, child in module.named_modules() if matches(pattern, path)}
+    if not found:
+        raise ValueError(f"the plan names '{pattern}', but {type(module).__name__} has no such module")
+    return found
 
 
 def _stream(pattern: str, key: str | int) -> str:
@@ -165,8 +173,12 @@ def _local_attention(backend: AttentionBackendName) -> LocalAttention:
     return partial(dispatch_attention_fn, backend=backend)
 
 
-def _connect_attention(module: nn.Module, parallel: SequenceParallel) -> None:
-    processors = {path: child.processor for path, child in module.named_modules() if hasattr(child, "processor")}
+def _connect_attention(module: nn.Module, parallel: SequenceParallel, patterns: Sequence[str]) -> None:
+    """Give the parallel object to the attention modules that the patterns name; to all of them without patterns."""
+    attending = {path: child for path, child in module.named_modules() if hasattr(child, "processor")}
+    if patterns:
+        attending = {path: child for pattern in patterns for path, child in _named(module, pattern).items()}
+    processors = {path: child.processor for path, child in attending.items()}
     if not processors:
         raise ValueError(f"{type(module).__name__} has no attention processor to give the parallel object to")
     backend = _registered_backend()

@@ -18,6 +18,7 @@ from .plan import (
     Colwise,
     EmbeddingColumns,
     KeyValueGroups,
+    LocalHeads,
     Plan,
     Rowwise,
     TensorStyle,
@@ -42,7 +43,7 @@ def shard(module: nn.Module, plan: Plan, config: Mapping[str, Any], axis: Axis) 
         if not found:
             raise ValueError(f"the plan names '{pattern}', but {type(module).__name__} has no such module")
         for path in found:
-            needed = style.name if isinstance(style, KeyValueGroups) else "weight"
+            needed = style.name if isinstance(style, KeyValueGroups | LocalHeads) else "weight"
             if not hasattr(children[path], needed):
                 raise ValueError(f"the plan names '{path}', but {type(children[path]).__name__} has no '{needed}'")
             if needed == "weight" and pattern != cut.setdefault(path, pattern):
@@ -54,6 +55,9 @@ def _shard_one(module: nn.Module, style: TensorStyle, config: Mapping[str, Any],
     if isinstance(style, KeyValueGroups):
         queries, key_values = head_layout(style.heads, config, axis.size, axis.rank)
         setattr(module, style.name, len(queries) // len(key_values))
+        return
+    if isinstance(style, LocalHeads):
+        setattr(module, style.name, len(head_layout(style.heads, config, axis.size, axis.rank)[0]))
         return
     whole_width = module.weight.shape[1 if isinstance(style, EmbeddingColumns) else 0]
     for name, parameter in list(module.named_parameters(recurse=False)):

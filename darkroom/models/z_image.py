@@ -1,0 +1,205 @@
+"""Z-Image: text to image with a single-stream transformer (https://arxiv.org/abs/2511.22699). Turbo needs no guidance."""
+
+# B batch, S image tokens (a 2x2 patch of latents each), C latent channels, h w latent rows and columns
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.request import Request
+from darkroom.parallel.plan import (
+    Colwise,
+    EmbeddingColumns,
+    Heads,
+    KeyValueGroups,
+    LocalHeads,
+    Plan,
+    Rowwise,
+    SequenceParallelInput,
+    SequenceParallelOutput,
+)
+
+from .base import Component, Model, Sample
+
+if TYPE_CHECKING:
+    import torch
+
+_HEADS = Heads("n_heads")
+_TOKENS = SequenceParallelInput(split_dim=1, expected_dims=3, stream=True)
+_PER_TOKEN = {
+    "freqs_cis": SequenceParallelInput(split_dim=1, expected_dims=3),
+    "attn_mask": SequenceParallelInput(split_dim=1, expected_dims=2),
+}
+_GATHER = SequenceParallelOutput(gather_dim=1, expected_dims=3)
+_BLOCKS = ("layers.*", "noise_refiner.*", "context_refiner.*")
+
+TRANSFORMER = Plan(
+    tensor={
+        **{f"{block}.attention.to_{name}": Colwise(_HEADS) for block in _BLOCKS for name in "qkv"},
+        **{f"{block}.attention.to_out.0": Rowwise(_HEADS) for block in _BLOCKS},
+        **{f"{block}.attention": LocalHeads(_HEADS, "heads") for block in _BLOCKS},
+        **{f"{block}.feed_forward.{name}": Colwise() for block in _BLOCKS for name in ("w1", "w3")},
+        **{f"{block}.feed_forward.w2": Rowwise() for block in _BLOCKS},
+    },
+    sequence={  # the text's two refiner blocks stay whole on every rank: they see at most 512 tokens
+        "noise_refiner.0": {"x": _TOKENS},
+        "noise_refiner.*": _PER_TOKEN,
+        "noise_refiner.-1": _GATHER,
+        "layers.0": {"x": _TOKENS},
+        "layers.*": _PER_TOKEN,
+        "all_final_layer.2-1": _GATHER,
+    },
+    attention=("noise_refiner.*.attention", "layers.*.attention"),
+)
+
+_GROUPED = Heads("num_attention_heads", "num_key_value_heads")
+
+TEXT_ENCODER = Plan(
+    tensor={
+        "embed_tokens": EmbeddingColumns(),
+        "layers.*.self_attn.q_proj": Colwise(_GROUPED),
+        "layers.*.self_attn.k_proj": Colwise(_GROUPED, is_kv=True),
+        "layers.*.self_attn.v_proj": Colwise(_GROUPED, is_kv=True),
+        "layers.*.self_attn.o_proj": Rowwise(_GROUPED),
+        "layers.*.self_attn": KeyValueGroups(_GROUPED, "num_key_value_groups"),
+        "layers.*.mlp.gate_proj": Colwise(),
+        "layers.*.mlp.up_proj": Colwise(),
+        "layers.*.mlp.down_proj": Rowwise(),
+    }
+)
+
+
+class ZImage(Model):
+    pipelines = ("ZImagePipeline",)
+    capabilities = Capabilities(
+        family="Z-Image",
+        tasks=("text-to-image",),
+        size_multiple=16,
+        min_edge=64,
+        max_pixels=2048 * 2048,
+        default_size=(1024, 1024),
+        num_inference_steps=9,
+        min_inference_steps=1,
+        max_inference_steps=200,
+        quality_steps={"low": 6, "medium": 8, "high": 9},
+        guidance_parameter="guidance_scale",
+        guidance_scale=0.0,
+        max_guidance=100.0,
+        negative_prompt="",
+        max_sequence_length=512,
+        text_window=512,
+        guidance_branches=2,
+        axes=("cfg", "ring", "ulysses", "tp", "vae"),
+    )
+    components: ClassVar = {
+        "transformer": Component(
+            module="diffusers.models.transformers.transformer_z_image",
+            name="ZImageTransformer2DModel",
+            plan=TRANSFORMER,
+            ranks="tp",
+        ),
+        "text_encoder": Component(
+            module="transformers.models.qwen3.modeling_qwen3",
+            name="Qwen3Model",
+            plan=TEXT_ENCODER,
+            ranks="world",
+            prefixes=("model.", ""),
+            leave_out=("lm_head.",),
+        ),
+        "vae": Component(
+            module="diffusers.models.autoencoders.autoencoder_kl",
+            name="AutoencoderKL",
+            plan=Plan(spatial="decoder", whole_rows=("decoder.mid_block.attentions.*",)),
+            ranks="vae",
+        ),
+    }
+
+    def prepare(self, request: Request) -> Sample:
+        prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
+        branches = [self._encode(prompt, request.max_sequence_length) for prompt in prompts]
+        latents = self._noise(request)
+        return Sample(
+            request=request,
+            latents=latents,
+            scheduler=self._timesteps(request, latents),
+            branches=branches,
+            text_tokens=len(branches[0]["cap_feats"]),
+            image_tokens=latents.shape[2] * latents.shape[3] // 4,
+        )
+
+    def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
+        [embeds], _ = self.pipe.encode_prompt(
+            prompt, self.device, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return {"cap_feats": embeds}
+
+    def _noise(self, request: Request) -> torch.Tensor:
+        """[1, C, h, w] in fp32, which the latents stay in whatever the model computes in."""
+        import torch
+
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        noise: torch.Tensor = self.pipe.prepare_latents(
+            1,
+            self.pipe.transformer.in_channels,
+            request.height,
+            request.width,
+            torch.float32,
+            self.device,
+            generator,
+        )
+        return noise
+
+    def _timesteps(self, request: Request, latents: torch.Tensor) -> Any:
+        from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+
+        scheduler = self.new_scheduler()
+        shift = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
+        tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
+        mu = calculate_shift(tokens, *(scheduler.config.get(key, default) for key, default in shift))
+        scheduler.set_timesteps(
+            sigmas=get_default_z_image_sigmas(request.num_inference_steps), device=self.device, mu=mu
+        )
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
+        """The model predicts the data's side of the velocity at time 1 - sigma: negated, it is the scheduler's."""
+        import torch
+
+        transformer = self.pipe.transformer
+        latents = [sample.latents[0, :, None].to(transformer.dtype) for sample in samples]
+        timestep = (1000 - torch.stack([sample.timestep for sample in samples])) / 1000
+        texts = [sample.branches[branch]["cap_feats"] for sample in samples]
+        predictions = transformer(latents, timestep, texts, return_dict=False)[0]
+        return -torch.stack([prediction.float() for prediction in predictions]).squeeze(2)
+
+    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len(predictions) == 1:
+            return predictions[0]
+        cond, uncond = predictions
+        return cond + sample.request.guidance_scale * (cond - uncond)
+
+    def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        import torch
+
+        vae = self.pipe.vae
+        if vae is None:
+            return None
+        z = torch.cat(list(latents)).to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            picture: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+            return picture
+
+        return self.spread_decode(z, decode, decode, _tiling(vae))
+
+
+def _tiling(vae: Any) -> Any:
+    """The stock tiled decode's tiles, which overlap by a share of their edge."""
+    from darkroom.parallel.spatial import Tiling
+
+    tile = vae.tile_sample_min_size
+    stride = tile - int(tile * vae.tile_overlap_factor)
+    return Tiling(tile=(tile, tile), stride=(stride, stride), scale=tile // vae.tile_latent_min_size)

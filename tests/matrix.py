@@ -1,0 +1,101 @@
+"""Every layout of ranks against one process, for any family: the cells, running them, and how far they are off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from darkroom.configs import ParallelConfig
+from darkroom.engine.worker import Worker
+from tests.golden import Outputs, difference, generate, request, worker
+
+Cell = dict[str, Any]
+Fault = Callable[[], AbstractContextManager[None]]
+"""Breaks something while it is entered. Travels to the ranks by its name, so it stands at a module's top level."""
+
+CELLS: dict[int, list[Cell]] = {
+    2: [
+        {"usp": 2},
+        {"ring": 2},
+        {"tp": 2},
+        {"cfg": 2},
+        {"tp": 2, "vae-pp": 2},
+        {"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
+    ],
+    3: [{"usp": 3, "vae-pp": 3}, {"ring": 3}, {"tp": 3}],
+    4: [
+        {"usp": 4},
+        {"ring": 4},
+        {"tp": 4},
+        {"usp": 2, "ring": 2, "vae-pp": 4},
+        {"usp": 2, "tp": 2, "vae-pp": 3},
+        {"ring": 2, "tp": 2},
+        {"cfg": 2, "usp": 2},
+        {"cfg": 2, "ring": 2},
+        {"cfg": 2, "tp": 2, "vae-pp": 4, "vae_use_tiling": True},
+    ],
+}
+"""Layouts by world size: every axis, and every product of two."""
+
+PAIR = [
+    request("a cat on the left", seed=3),  # uneven: 35 image tokens, and text lengths that no degree divides
+    request("three tiny yellow stars and a very large orange house", seed=4),
+]
+ONE_BRANCH = [request("a red heart", guidance_scale=1.0, seed=5)]
+LARGE = [request("a blue moon", width=320, height=272, num_inference_steps=2, seed=6)]
+"""More than one tile."""
+
+
+def every_kind(worker: Worker, tiled: bool) -> dict[str, Outputs]:
+    """What a worker gives for each kind of requests."""
+    kinds = {
+        "interleaved": generate(worker, PAIR),
+        "batched": generate(worker, PAIR, batched=True),
+        "one branch": generate(worker, ONE_BRANCH),
+    }
+    return {**kinds, "large": generate(worker, LARGE)} if tiled else kinds
+
+
+Expected = dict[tuple[str, bool], dict[str, Outputs]]
+"""What one process gives, by checkpoint and whether its decode is tiled."""
+
+
+def one_process(folders: dict[str, Path]) -> Expected:
+    outputs = {}
+    for name, folder in folders.items():
+        for tiled in (False, True):
+            with worker(folder, ParallelConfig(vae_use_tiling=tiled)) as one:
+                outputs[name, tiled] = every_kind(one, tiled)
+    return outputs
+
+
+def run_cells(
+    rank: int, size: int, folders: dict[str, Path], cells: list[Cell], fault: Fault = nullcontext
+) -> list[tuple[str, Cell, dict[str, Outputs]]]:
+    """What this rank gives in every cell, for every checkpoint. For `run_ranks`."""
+    results = []
+    with fault():
+        for name, folder in folders.items():
+            for cell in cells:
+                config = ParallelConfig.model_validate(cell)
+                with worker(folder, config, rank) as one:
+                    results.append((name, cell, every_kind(one, config.vae_use_tiling)))
+    return results
+
+
+def differences(
+    results: list[list[tuple[str, Cell, dict[str, Outputs]]]], expected: Expected
+) -> dict[tuple[int, str, str, str], float]:
+    """The largest difference by rank, checkpoint, cell and kind. Pictures are compared on the output rank."""
+    worst = {}
+    for rank, cells in enumerate(results):
+        for name, cell, kinds in cells:
+            for kind, outputs in kinds.items():
+                wanted = expected[name, cell.get("vae_use_tiling", False)][kind]
+                if rank > 0:
+                    assert all(picture is None for _, picture in outputs.values())
+                    outputs = {id: (latents, wanted[id][1]) for id, (latents, _) in outputs.items()}
+                worst[rank, name, str(cell), kind] = difference(outputs, wanted)
+    return worst
