@@ -24,7 +24,7 @@ class SamplingParams:
     """Pixels."""
     num_inference_steps: int | None = None
     true_cfg_scale: float | None = None
-    """Strength of classifier-free guidance, for models that call it so; 1 or less switches it off, for half the work."""
+    """Strength of classifier-free guidance, for models that call it so; 1 or less switches it off: half the work."""
     guidance_scale: float | None = None
     """The same, for the other models."""
     negative_prompt: str | None = None

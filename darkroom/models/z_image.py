@@ -1,4 +1,4 @@
-"""Z-Image: text to image with a single-stream transformer (https://arxiv.org/abs/2511.22699). Turbo needs no guidance."""
+"""Z-Image: text to image with a single-stream transformer (https://arxiv.org/abs/2511.22699); Turbo has no guidance."""
 
 # B batch, S image tokens (a 2x2 patch of latents each), C latent channels, h w latent rows and columns
 
@@ -19,6 +19,7 @@ from darkroom.parallel.plan import (
     Rowwise,
     SequenceParallelInput,
     SequenceParallelOutput,
+    SequenceRule,
 )
 
 from .base import Component, Model, Sample
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 _HEADS = Heads("n_heads")
 _TOKENS = SequenceParallelInput(split_dim=1, expected_dims=3, stream=True)
-_PER_TOKEN = {
+_PER_TOKEN: SequenceRule = {
     "freqs_cis": SequenceParallelInput(split_dim=1, expected_dims=3),
     "attn_mask": SequenceParallelInput(split_dim=1, expected_dims=2),
 }

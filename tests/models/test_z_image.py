@@ -50,7 +50,7 @@ def test_one_process_is_the_stock_pipeline(case: str, folders: dict[str, Path]) 
     wanted, folder = REQUESTS[case], folders["z_image_4_heads"]
     pipe = ZImagePipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    for parameter in pipe.transformer.parameters():  # mapped from the file, where they lie unaligned: MKL rounds by that
+    for parameter in pipe.transformer.parameters():  # mapped from the file, and unaligned there: MKL rounds by that
         parameter.data = parameter.data.clone()
     with worker(folder, ParallelConfig()) as one:
         [(latents, decoded)] = generate(one, [wanted]).values()
