@@ -51,7 +51,7 @@ def test_python_m_darkroom_is_the_command() -> None:
 @pytest.fixture(scope="module")
 def unread(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose weights are no weights: what is refused for another reason has not read them."""
-    folder = Path(shutil.copytree(checkpoints["four_heads"], tmp_path_factory.mktemp("unread") / "model"))
+    folder = Path(shutil.copytree(checkpoints["qwen_image_4_heads"], tmp_path_factory.mktemp("unread") / "model"))
     for file in folder.rglob("*.safetensors"):
         file.write_bytes(b"")
     return folder

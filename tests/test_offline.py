@@ -34,7 +34,7 @@ def darkroom() -> Iterator[Darkroom]:
 def expected(prompt: str, seed: int) -> np.ndarray[Any, Any]:
     """What one process makes of it."""
     with golden.worker(DEMO, ParallelConfig()) as one:
-        [(_, decoded)] = golden.generate(one, [golden.request(prompt, true_cfg_scale=2.5, seed=seed)]).values()
+        [(_, decoded)] = golden.generate(one, [golden.request(prompt, guidance_scale=2.5, seed=seed)]).values()
         assert decoded is not None
         return np.asarray(one.model.pictures(decoded)[0], int)
 
@@ -134,7 +134,7 @@ def test_a_bad_configuration_is_refused_at_once(model: str, options: dict[str, A
 def test_a_checkpoint_that_cannot_be_loaded(
     checkpoints: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(checkpoints["four_heads"], tmp_path / "model"))
+    folder = Path(shutil.copytree(checkpoints["qwen_image_4_heads"], tmp_path / "model"))
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:9999])
     with pytest.raises(ConfigError, match=r"vae/diffusion_pytorch_model\.safetensors is not a whole safetensors file"):

@@ -18,7 +18,8 @@ CAPABILITIES = Capabilities(
     min_inference_steps=2,
     max_inference_steps=200,
     quality_steps={"low": 20, "medium": 35, "high": 50},
-    true_cfg_scale=4.0,
+    guidance_parameter="true_cfg_scale",
+    guidance_scale=4.0,
     max_guidance=100.0,
     negative_prompt=" ",
     max_sequence_length=512,
@@ -95,7 +96,7 @@ def test_defaults_are_the_models() -> None:
         width=256,
         height=128,
         num_inference_steps=50,
-        true_cfg_scale=4.0,
+        guidance_scale=4.0,
         max_sequence_length=512,
         seed=request.seed,
     )
@@ -113,6 +114,7 @@ def test_what_is_given_is_taken() -> None:
     }
     request = resolve("  a cat\n", **params)
     assert request.prompt == "  a cat\n"
+    assert request.guidance_scale == params.pop("true_cfg_scale")
     assert {name: getattr(request, name) for name in params} == params
 
 
@@ -154,7 +156,7 @@ BELOW, ABOVE = "integer_below_min_value", "integer_above_max_value"
         ("true_cfg_scale", 100.5, "from 0 to 100", "invalid_value"),
         ("true_cfg_scale", float("nan"), "from 0 to 100", "invalid_value"),
         ("true_cfg_scale", float("inf"), "from 0 to 100", "invalid_value"),
-        ("guidance_scale", 3.5, "use 'true_cfg_scale'", "invalid_value"),
+        ("guidance_scale", 3.5, "takes 'true_cfg_scale'", "invalid_value"),
     ],
 )
 def test_what_the_model_cannot_take(param: str, value: float, expected: str, code: str) -> None:

@@ -52,6 +52,7 @@ GENERATE_FLAGS = [
     ("--height", "128", "height", 128),
     ("--num-inference-steps", "9", "num_inference_steps", 9),
     ("--true-cfg-scale", "1.5", "true_cfg_scale", 1.5),
+    ("--guidance-scale", "2.5", "guidance_scale", 2.5),
     ("--max-sequence-length", "99", "max_sequence_length", 99),
     ("--seed", "5", "seed", 5),
     ("-n", "3", "n", 3),

@@ -196,7 +196,7 @@ def test_workers_that_die_again_while_loading_are_given_up(one: EngineProcess, p
 
 @pytest.fixture(scope="module")
 def two(checkpoints: dict[str, Path]) -> Iterator[EngineProcess]:
-    with EngineProcess(config(checkpoints["four_heads"], tp=2, step_timeout=4.0)) as engine:
+    with EngineProcess(config(checkpoints["qwen_image_4_heads"], tp=2, step_timeout=4.0)) as engine:
         yield engine
 
 
@@ -276,7 +276,7 @@ def test_nothing_is_left_of_a_killed_parent(when: str) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_loaded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(checkpoints["four_heads"], tmp_path / "model"))
+    folder = Path(shutil.copytree(checkpoints["qwen_image_4_heads"], tmp_path / "model"))
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with EngineProcess(config(folder)) as engine, Peer(engine.address) as peer:

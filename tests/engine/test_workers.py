@@ -36,7 +36,7 @@ def new_group(model: Path, run_dir: Path, **values: Any) -> Iterator[WorkerGroup
 
 @pytest.fixture(scope="module")
 def shared(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroup]:
-    with new_group(checkpoints["four_heads"], tmp_path_factory.mktemp("run"), tp=2) as group:
+    with new_group(checkpoints["qwen_image_4_heads"], tmp_path_factory.mktemp("run"), tp=2) as group:
         yield group
 
 
@@ -225,7 +225,7 @@ def fewer_layers_stored(folder: Path) -> None:
 def test_a_spoilt_checkpoint_is_the_operators_to_mend(
     spoil: Callable[[Path], None], message: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(checkpoints["four_heads"], tmp_path / "model"))
+    folder = Path(shutil.copytree(checkpoints["qwen_image_4_heads"], tmp_path / "model"))
     spoil(folder)
     with new_group(folder, tmp_path, tp=2) as group:
         group.start()
@@ -236,7 +236,7 @@ def test_a_spoilt_checkpoint_is_the_operators_to_mend(
 
 
 def test_the_operators_fault_is_told_before_what_it_led_to(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    with new_group(checkpoints["four_heads"], tmp_path, tp=2) as group:
+    with new_group(checkpoints["qwen_image_4_heads"], tmp_path, tp=2) as group:
         group.start()
         group.awaited[0] = Error(rank=0, error="connection closed by peer")
         group.awaited[1] = Error(rank=1, error="no such file", is_config_error=True)
@@ -246,7 +246,7 @@ def test_the_operators_fault_is_told_before_what_it_led_to(checkpoints: dict[str
 
 
 def test_a_rank_that_dies_while_loading_is_noticed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    with new_group(checkpoints["four_heads"], tmp_path, tp=2) as group:
+    with new_group(checkpoints["qwen_image_4_heads"], tmp_path, tp=2) as group:
         group.start()
         group.processes[1].kill()
         with pytest.raises(WorkersLost, match="worker 1 ended with exit code -9") as caught:

@@ -38,7 +38,7 @@ def error(model: Path | str = "demo", **values: Any) -> str:
 @pytest.fixture
 def folder(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     """A tiny checkpoint to spoil."""
-    return Path(shutil.copytree(checkpoints["four_heads"], tmp_path / "model"))
+    return Path(shutil.copytree(checkpoints["qwen_image_4_heads"], tmp_path / "model"))
 
 
 def edit(file: Path, **values: Any) -> None:
@@ -175,7 +175,7 @@ def test_a_bad_override_is_named(text: str, expected: str, folder: Path) -> None
     [{"tp": 4}, {"usp": 4}, {"usp": 2, "tp": 2, "ring": 3}, {"tp": 3}, {"cfg": 2, "ring": 8}, {"vae-pp": 64}],
 )
 def test_degrees_that_fit(values: dict[str, int], checkpoints: dict[str, Path]) -> None:
-    open_checkpoint(config(checkpoints["four_heads"], **values))
+    open_checkpoint(config(checkpoints["qwen_image_4_heads"], **values))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_degrees_that_fit(values: dict[str, int], checkpoints: dict[str, Path]) 
     ],
 )
 def test_degrees_that_do_not_fit(values: dict[str, Any], expected: str, checkpoints: dict[str, Path]) -> None:
-    assert expected in error(checkpoints["four_heads"], **values)
+    assert expected in error(checkpoints["qwen_image_4_heads"], **values)
 
 
 @pytest.mark.parametrize("values", [{"ring": 2}, {"vae-pp": 2}, {"usp": 2}])
@@ -252,10 +252,10 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sharded_checkpoint_is_the_same_model(sharded: Path, checkpoints: dict[str, Path]) -> None:
     assert len(list((sharded / "transformer").glob("*.safetensors"))) > 2
-    one, other = Checkpoint.open(str(sharded)), Checkpoint.open(str(checkpoints["four_heads"]))
+    one, other = Checkpoint.open(str(sharded)), Checkpoint.open(str(checkpoints["qwen_image_4_heads"]))
     layout = ParallelConfig(tensor_parallel_size=2)
     assert one.footprint(layout, "float32") == other.footprint(layout, "float32")
-    with worker(sharded, ParallelConfig()) as a, worker(checkpoints["four_heads"], ParallelConfig()) as b:
+    with worker(sharded, ParallelConfig()) as a, worker(checkpoints["qwen_image_4_heads"], ParallelConfig()) as b:
         for name in a.model.components:
             states = [getattr(w.model.pipe, name).state_dict() for w in (a, b)]
             assert states[0].keys() == states[1].keys()
@@ -285,7 +285,10 @@ def cache(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     """Two commits of one repository, as huggingface_hub lays them out."""
     cache = tmp_path_factory.mktemp("hub")
     repository = cache / "models--someone--tiny"
-    for branch, heads, commit in (("main", "four_heads", "a" * 40), ("five", "five_heads", "b" * 40)):
+    for branch, heads, commit in (
+        ("main", "qwen_image_4_heads", "a" * 40),
+        ("five", "qwen_image_5_heads", "b" * 40),
+    ):
         shutil.copytree(checkpoints[heads], repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / branch).write_text(commit)

@@ -32,6 +32,7 @@ CAPABILITIES = Capabilities(
     min_inference_steps=1,
     max_inference_steps=200,
     quality_steps={"low": 10, "medium": 25, "high": 50},
+    guidance_parameter="true_cfg_scale",
     guidance_scale=4.0,
     max_guidance=100.0,
     negative_prompt=" ",

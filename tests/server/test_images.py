@@ -72,7 +72,7 @@ def test_defaults_are_the_models_and_a_null_is_a_default(http, engine):
     answer = create(http, **dict.fromkeys(nullable))
     assert (answer["size"], answer["quality"], answer["output_format"]) == ("128x128", "high", "png")
     request = engine.requests[0].request
-    assert (request.num_inference_steps, request.true_cfg_scale, request.negative_prompt) == (50, 4.0, " ")
+    assert (request.num_inference_steps, request.guidance_scale, request.negative_prompt) == (50, 4.0, " ")
     assert (request.output_format, request.output_compression, request.partial_images) == ("png", 100, 0)
     assert request.seed == answer["data"][0]["seed"]
 
@@ -96,7 +96,7 @@ def test_extensions_reach_the_engine(http, engine):
         moderation="low",
     )
     request = engine.requests[0].request
-    assert (request.negative_prompt, request.num_inference_steps, request.true_cfg_scale) == ("blue", 4, 2.0)
+    assert (request.negative_prompt, request.num_inference_steps, request.guidance_scale) == ("blue", 4, 2.0)
     assert (request.max_sequence_length, request.seed) == (64, 2**64 - 1)
 
 
