@@ -20,7 +20,7 @@ from darkroom.configs.config import EngineConfig
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.parallel import ParallelConfig
 from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, read_headers
-from darkroom.parallel.plan import EmbeddingColumns, Plan, lookup
+from darkroom.parallel.plan import Plan, lookup
 
 from . import MODELS, hub
 from .base import Component, Model
@@ -146,10 +146,9 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
 def _head_counts(plan: Plan) -> Iterator[str]:
     """The keys of config.json that the plan reads."""
     for style in plan.tensor.values():
-        if not isinstance(style, EmbeddingColumns) and style.heads:
-            yield style.heads.count
-            if style.heads.kv_count:
-                yield style.heads.kv_count
+        for cut in (style, *getattr(style, "parts", ())):
+            if heads := getattr(cut, "heads", None):
+                yield from filter(None, (heads.count, heads.kv_count))
 
 
 def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int, int]:

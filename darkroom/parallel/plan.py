@@ -31,6 +31,15 @@ class Heads:
     kv_count: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of the tensors that lie side by side in a fused projection. It is cut as a layer of its own would be."""
+
+    width: int = 1
+    """How wide it is, beside the other parts."""
+    heads: Heads | None = None
+
+
 @dataclass(frozen=True)
 class Colwise:
     """Cut a linear layer's output features. `gather` puts them together again behind the layer."""
@@ -38,8 +47,12 @@ class Colwise:
     heads: Heads | None = None
     is_kv: bool = False
     gather: bool = False
+    parts: tuple[Part, ...] = ()
+    """What the outputs are made of, where they are several tensors, such as values and their gates."""
 
     def __post_init__(self) -> None:
+        if self.parts and (self.heads or self.gather):
+            raise ValueError("parts have heads of their own, and cannot be gathered: a rank's are not side by side")
         if self.gather and self.heads and self.heads.kv_count:  # zeros may stand between heads, heads may be repeated
             raise ValueError("grouped heads cannot be gathered behind the layer: the ranks' parts are not in order")
 
@@ -49,6 +62,12 @@ class Rowwise:
     """Cut a linear layer's input features; the ranks' partial outputs are summed. The bias is added once."""
 
     heads: Heads | None = None
+    parts: tuple[Part, ...] = ()
+    """What the inputs are made of, where they are several tensors, such as attention's outputs and an MLP's."""
+
+    def __post_init__(self) -> None:
+        if self.parts and self.heads:
+            raise ValueError("parts have heads of their own")
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,15 @@ class LocalHeads:
     name: str
 
 
-TensorStyle = Colwise | Rowwise | EmbeddingColumns | KeyValueGroups | LocalHeads
+@dataclass(frozen=True)
+class LocalWidth:
+    """Set the module's attribute `name`, the width of a layer that is cut, to what this rank holds of it."""
+
+    name: str
+
+
+AttributeStyle = KeyValueGroups | LocalHeads | LocalWidth
+TensorStyle = Colwise | Rowwise | EmbeddingColumns | AttributeStyle
 
 # ---- sequence parallelism --------------------------------------------------------------------------------------
 
@@ -182,7 +209,7 @@ def chunk_sizes(length: int, parts: int) -> list[int]:
 def style_of(plan: Plan, path: str) -> TensorStyle | None:
     """How the linear layer or embedding at `path` is cut; None: every rank holds it whole."""
     for pattern, style in plan.tensor.items():
-        if not isinstance(style, KeyValueGroups | LocalHeads) and matches(pattern, path):
+        if not isinstance(style, AttributeStyle) and matches(pattern, path):
             return style
     return None
 
@@ -194,10 +221,14 @@ def cut_parameter(
     if style is None or size == 1:
         return None
     match style:
-        case Colwise(heads=heads, is_kv=is_kv):
-            return _cut(0, shape, heads, is_kv, config, size, rank)
         case Rowwise() if name == "bias":
             return None if rank == 0 else Cut(0, (None,), 1)  # the sum over the ranks holds it once
+        case Colwise(parts=parts) if parts:
+            return _cut_parts(0, shape, parts, config, size, rank)
+        case Colwise(heads=heads, is_kv=is_kv):
+            return _cut(0, shape, heads, is_kv, config, size, rank)
+        case Rowwise(parts=parts) if parts:
+            return _cut_parts(1, shape, parts, config, size, rank)
         case Rowwise(heads=heads):
             return _cut(1, shape, heads, False, config, size, rank)
         case EmbeddingColumns():
@@ -215,6 +246,24 @@ def _cut(
     if shape[dim] % count:
         raise ConfigError(f"a layer of {shape[dim]} features cannot be cut into {count} heads")
     return Cut(dim, key_values if is_kv else queries, count)
+
+
+def _cut_parts(
+    dim: int, shape: Sequence[int], parts: Sequence[Part], config: Mapping[str, Any], size: int, rank: int
+) -> Cut:
+    """The cut of each part, one behind the other, in units of single features."""
+    features, widths = shape[dim], [part.width for part in parts]
+    if features % sum(widths):
+        raise ConfigError(f"a layer of {features} features cannot be parts of {':'.join(map(str, widths))}")
+    units: list[int | None] = []
+    first = 0
+    for part in parts:
+        width = features // sum(widths) * part.width
+        cut = _cut(0, (width,), part.heads, False, config, size, rank)
+        each = range(width // cut.count)
+        units += [None if unit is None else first + unit * len(each) + i for unit in cut.units for i in each]
+        first += width
+    return Cut(dim, tuple(units), features)
 
 
 def head_layout(
@@ -246,8 +295,13 @@ def head_layout(
     return mine, tuple(None if head is None else head // per_group for head in mine)
 
 
+def local_width(width: int, size: int) -> int:
+    """How many of `width` features, or heads, each of `size` ranks holds: some of them may be zeros."""
+    return -(-width // size)
+
+
 def _padded_chunk(count: int, size: int, rank: int) -> tuple[int | None, ...]:
-    width = -(-count // size)
+    width = local_width(count, size)
     return tuple(i if i < count else None for i in range(rank * width, (rank + 1) * width))
 
 

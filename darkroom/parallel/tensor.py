@@ -15,15 +15,18 @@ from torch import nn
 
 from .mesh import Axis
 from .plan import (
+    AttributeStyle,
     Colwise,
     EmbeddingColumns,
     KeyValueGroups,
     LocalHeads,
+    LocalWidth,
     Plan,
     Rowwise,
     TensorStyle,
     cut_parameter,
     head_layout,
+    local_width,
     matches,
 )
 
@@ -43,7 +46,7 @@ def shard(module: nn.Module, plan: Plan, config: Mapping[str, Any], axis: Axis) 
         if not found:
             raise ValueError(f"the plan names '{pattern}', but {type(module).__name__} has no such module")
         for path in found:
-            needed = style.name if isinstance(style, KeyValueGroups | LocalHeads) else "weight"
+            needed = style.name if isinstance(style, AttributeStyle) else "weight"
             if not hasattr(children[path], needed):
                 raise ValueError(f"the plan names '{path}', but {type(children[path]).__name__} has no '{needed}'")
             if needed == "weight" and pattern != cut.setdefault(path, pattern):
@@ -52,12 +55,8 @@ def shard(module: nn.Module, plan: Plan, config: Mapping[str, Any], axis: Axis) 
 
 
 def _shard_one(module: nn.Module, style: TensorStyle, config: Mapping[str, Any], axis: Axis) -> None:
-    if isinstance(style, KeyValueGroups):
-        queries, key_values = head_layout(style.heads, config, axis.size, axis.rank)
-        setattr(module, style.name, len(queries) // len(key_values))
-        return
-    if isinstance(style, LocalHeads):
-        setattr(module, style.name, len(head_layout(style.heads, config, axis.size, axis.rank)[0]))
+    if isinstance(style, AttributeStyle):
+        setattr(module, style.name, _local_value(getattr(module, style.name), style, config, axis))
         return
     whole_width = module.weight.shape[1 if isinstance(style, EmbeddingColumns) else 0]
     for name, parameter in list(module.named_parameters(recurse=False)):
@@ -69,6 +68,18 @@ def _shard_one(module: nn.Module, style: TensorStyle, config: Mapping[str, Any],
         module.register_forward_hook(lambda _module, _args, out: axis.all_reduce(out))
     elif isinstance(style, EmbeddingColumns) or (isinstance(style, Colwise) and style.gather):
         module.register_forward_hook(lambda _module, _args, out: _gather_features(out, whole_width, axis))
+
+
+def _local_value(whole: int, style: AttributeStyle, config: Mapping[str, Any], axis: Axis) -> int:
+    """What this rank's module reshapes by, instead of the whole one's number."""
+    match style:
+        case KeyValueGroups(heads=heads):
+            queries, key_values = head_layout(heads, config, axis.size, axis.rank)
+            return len(queries) // len(key_values)
+        case LocalHeads(heads=heads):
+            return len(head_layout(heads, config, axis.size, axis.rank)[0])
+        case LocalWidth():
+            return local_width(whole, axis.size)
 
 
 def _gather_features(x: torch.Tensor, width: int, axis: Axis) -> torch.Tensor:

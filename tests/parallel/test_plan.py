@@ -16,6 +16,9 @@ from darkroom.parallel.plan import (
     EmbeddingColumns,
     Heads,
     KeyValueGroups,
+    LocalHeads,
+    LocalWidth,
+    Part,
     Plan,
     Rowwise,
     TensorStyle,
@@ -82,10 +85,12 @@ def test_a_pattern_names_whole_paths(pattern: str, path: str, matching: bool) ->
 
 
 def test_the_first_style_that_matches_counts_and_groups_are_none() -> None:
-    plan = Plan(tensor={"a": KeyValueGroups(GROUPED, "groups"), "*": Colwise(), "b": Rowwise()})
+    attributes = {"a": KeyValueGroups(GROUPED, "groups"), "b": LocalHeads(PLAIN, "heads"), "b.c": LocalWidth("width")}
+    plan = Plan(tensor={**attributes, "*": Colwise(), "b*": Rowwise(), "*.c": Rowwise()})
     assert style_of(plan, "a") == Colwise()
     assert style_of(plan, "b") == Colwise()
-    assert style_of(plan, "b.c") is None
+    assert style_of(plan, "b.c") == Rowwise()
+    assert style_of(plan, "b.c.d") is None
 
 
 def test_a_key_with_dots_descends() -> None:
@@ -163,11 +168,48 @@ def test_parts_of_rows_meet_those_of_columns(size: int, heads: Heads | None) -> 
     assert not torch.allclose(sum(b @ a for a, b in zip(columns[::-1], rows, strict=True)), second @ first, atol=1e-5)
 
 
+GATED = (Part(), Part())
+FUSED = (Part(heads=PLAIN), Part(width=2))
+"""Attention's 10 features, of 5 heads, and an MLP's 20."""
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+@pytest.mark.parametrize("parts", [GATED, FUSED, (Part(width=3), Part(heads=PLAIN), Part(width=2))])
+def test_fused_columns_are_each_part_cut_alone(size: int, parts: tuple[Part, ...]) -> None:
+    widths, numbers = [10 * part.width for part in parts], config(5)
+    weight = torch.randn(sum(widths), 3)
+    whole = list(weight.split(widths))
+    for rank, cut in enumerate(cuts(Colwise(parts=parts), "weight", tuple(weight.shape), size, numbers)):
+        assert cut is not None
+        alone = [
+            take(x, cut_parameter(Colwise(part.heads), "weight", tuple(x.shape), numbers, size, rank))
+            for x, part in zip(whole, parts, strict=True)
+        ]
+        assert torch.equal(take(weight, cut), torch.cat(alone))
+        assert torch.equal(take_runs(weight, cut), torch.cat(alone))
+        assert cut.shape(weight.shape) == torch.cat(alone).shape
+        assert rank > 0 or not torch.equal(take(weight, cut), torch.cat(alone[::-1]))  # a fault is seen
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+def test_fused_rows_take_in_what_two_layers_put_out(size: int) -> None:
+    """As a parallel block does it: attention and an MLP, side by side, into one output projection."""
+    attention, mlp, out, numbers = torch.randn(10, 3), torch.randn(20, 3), torch.randn(4, 30), config(5)
+    heads = [take(attention, cut) for cut in cuts(Colwise(PLAIN), "weight", (10, 3), size, numbers)]
+    hidden = [take(mlp, cut) for cut in cuts(Colwise(), "weight", (20, 3), size, numbers)]
+    columns = [torch.cat(pair) for pair in zip(heads, hidden, strict=True)]
+    rows = [take(out, cut) for cut in cuts(Rowwise(parts=FUSED), "weight", (4, 30), size, numbers)]
+    whole = out @ torch.cat([attention, mlp])
+    assert torch.allclose(sum(b @ a for a, b in zip(columns, rows, strict=True)), whole, atol=1e-5)
+    assert not torch.allclose(sum(b @ a for a, b in zip(columns[::-1], rows, strict=True)), whole, atol=1e-5)
+
+
 def test_the_bias_of_rows_is_on_one_rank() -> None:
     bias = torch.randn(6)
-    parts = [take(bias, cut) for cut in cuts(Rowwise(PLAIN), "bias", (6,), 3, config(5))]
-    assert [part.shape for part in parts] == [bias.shape] * 3
-    assert torch.equal(sum(parts), bias)
+    for style in (Rowwise(PLAIN), Rowwise(parts=FUSED)):
+        parts = [take(bias, cut) for cut in cuts(style, "bias", (6,), 3, config(5))]
+        assert [part.shape for part in parts] == [bias.shape] * 3
+        assert torch.equal(sum(parts), bias)
 
 
 def test_embeddings_are_cut_by_feature() -> None:
@@ -180,7 +222,8 @@ def test_embeddings_are_cut_by_feature() -> None:
 def test_what_is_not_cut_has_no_cut() -> None:
     assert cut_parameter(None, "weight", (4, 4), {}, 2, 0) is None
     assert cut_parameter(Colwise(), "weight", (4, 4), {}, 1, 0) is None
-    assert cut_parameter(KeyValueGroups(GROUPED, "groups"), "weight", (4, 4), {}, 2, 0) is None
+    for style in (KeyValueGroups(GROUPED, "groups"), LocalHeads(PLAIN, "heads"), LocalWidth("width")):
+        assert cut_parameter(style, "weight", (4, 4), {}, 2, 0) is None
 
 
 def test_features_that_are_no_heads_are_refused() -> None:
@@ -188,9 +231,24 @@ def test_features_that_are_no_heads_are_refused() -> None:
         cut_parameter(Colwise(PLAIN), "weight", (12, 3), config(5), 2, 0)
 
 
-def test_grouped_heads_cannot_be_gathered() -> None:
+def test_features_that_are_no_such_parts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a layer of 31 features cannot be parts of 1:2"):
+        cut_parameter(Colwise(parts=FUSED), "weight", (31, 3), config(5), 2, 0)
+    with pytest.raises(ConfigError, match="a layer of 11 features cannot be cut into 5 heads"):
+        cut_parameter(Rowwise(parts=FUSED), "weight", (3, 33), config(5), 2, 0)
+
+
+def test_what_is_not_in_order_cannot_be_gathered() -> None:
     with pytest.raises(ValueError, match="not in order"):
         Colwise(GROUPED, gather=True)
+    with pytest.raises(ValueError, match="cannot be gathered"):
+        Colwise(parts=GATED, gather=True)
+
+
+@pytest.mark.parametrize("style", [Colwise, Rowwise])
+def test_heads_beside_parts_are_refused(style: Any) -> None:
+    with pytest.raises(ValueError, match="parts have heads of their own"):
+        style(PLAIN, parts=FUSED)
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,18 @@ from darkroom.configs import ConfigError, ParallelConfig
 from darkroom.parallel import loading
 from darkroom.parallel.loading import load, read_headers
 from darkroom.parallel.mesh import Axis, Mesh
-from darkroom.parallel.plan import Colwise, EmbeddingColumns, Heads, KeyValueGroups, Plan, Rowwise, cut_parameter
+from darkroom.parallel.plan import (
+    Colwise,
+    EmbeddingColumns,
+    Heads,
+    KeyValueGroups,
+    LocalHeads,
+    LocalWidth,
+    Part,
+    Plan,
+    Rowwise,
+    cut_parameter,
+)
 from darkroom.parallel.tensor import shard
 from tests.ranks import run_ranks
 
@@ -57,6 +68,42 @@ class Modulation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shift, scale = self.mod(F.silu(x)).chunk(2, -1)
         return shift * scale
+
+
+class Fused(nn.Module):
+    """5 heads beside a gated MLP of 14, fused as in a parallel block: one layer in, one out, each in two parts."""
+
+    config: dict[str, Any] = {"heads": 5}  # noqa: RUF012 - of a test
+    heads = Heads("heads")
+    plan = Plan(
+        tensor={
+            "": LocalWidth("mlp_width"),
+            "attention": LocalHeads(heads, "heads"),
+            "attention.to_v": Colwise(heads),
+            "proj_mlp": Colwise(parts=(Part(), Part())),
+            "proj_out": Rowwise(parts=(Part(width=10, heads=heads), Part(width=7))),
+        }
+    )
+
+    class Values(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = 5
+            self.to_v = nn.Linear(6, 5 * HEAD_DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.softmax(self.to_v(x).unflatten(-1, (self.heads, -1)), -1).flatten(2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp_width = 14
+        self.attention = self.Values()
+        self.proj_mlp, self.proj_out = nn.Linear(6, 2 * 14), nn.Linear(5 * HEAD_DIM + 14, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj_mlp(x).split([self.mlp_width, self.mlp_width], -1)
+        y: Tensor = self.proj_out(torch.cat([self.attention(x), value * F.silu(gate)], -1))
+        return y
 
 
 class Embedding(nn.Module):
@@ -121,6 +168,7 @@ MODULES: dict[str, Callable[[], Any]] = {
     "mlp": MLP,
     "modulation": Modulation,
     "embedding": Embedding,
+    "fused": Fused,
     "5 heads": lambda: Attention(5, 5),
     "1 head": lambda: Attention(1, 1),
     "8 heads in 4 groups": lambda: Attention(8, 4),
@@ -188,6 +236,7 @@ def run_modules(rank: int, size: int, folder: Path) -> dict[str, float]:
         worst["fault: the bias on every rank"] = difference("mlp")
     with sums_are_not_taken():
         worst["fault: no sum"] = difference("5 heads")
+        worst["fault: no sum of parts"] = difference("fused")
     return worst
 
 
@@ -196,9 +245,9 @@ def test_cut_layers_are_the_whole_ones(size: int, tmp_path: Path) -> None:
     for name in MODULES:
         saved(tmp_path, name)
     for worst in run_ranks(run_modules, size, tmp_path):
-        assert len(worst) == len(MODULES) + 2
+        assert len(worst) == len(MODULES) + 3
         wrong = {name for name, value in worst.items() if not value <= TOLERANCE}
-        assert wrong == {"fault: the bias on every rank", "fault: no sum"}
+        assert wrong == {"fault: the bias on every rank", "fault: no sum", "fault: no sum of parts"}
 
 
 def test_every_rank_holds_its_share_in_shapes_that_are_equal(tmp_path: Path) -> None:
@@ -224,10 +273,24 @@ def test_the_groups_follow_the_layout(tmp_path: Path) -> None:
     assert groups == {"8 heads in 4 groups": 2, "6 heads in 2 groups": 2, "9 heads in 3 groups": 1}
 
 
+def test_attributes_follow_what_is_held(tmp_path: Path) -> None:
+    held = []
+    for size in (2, 3, 4):
+        module = sharded(saved(tmp_path, "fused"), "fused", Axis("tp", size, size - 1))
+        held.append((module.attention.heads, module.mlp_width))
+        assert module.attention.to_v.weight.shape == (module.attention.heads * HEAD_DIM, 6)
+        assert module.proj_mlp.weight.shape == (2 * module.mlp_width, 6)
+        assert module.proj_out.weight.shape == (6, module.attention.heads * HEAD_DIM + module.mlp_width)
+    assert held == [(3, 7), (2, 5), (2, 4)]
+
+
 def test_one_rank_is_left_as_it_is() -> None:
     module = made("mlp")
     shard(module, Plan(), {}, Axis("tp"))
     assert module.up.weight.shape == (7, 6) and not module.down._forward_hooks
+    fused = made("fused")
+    shard(fused, fused.plan, fused.config, Axis("tp"))
+    assert fused.mlp_width == 14 and fused.attention.heads == 5
 
 
 # ---- what cannot be --------------------------------------------------------------------------------------------------
@@ -240,6 +303,7 @@ def test_one_rank_is_left_as_it_is() -> None:
         ({"up": Colwise(), "blocks.*.up": Colwise()}, r"the plan names 'blocks\.\*\.up', but MLP has no such module"),
         ({"": Colwise()}, "the plan names '', but MLP has no 'weight'"),
         ({"up": KeyValueGroups(Heads("heads"), "groups")}, "the plan names 'up', but Linear has no 'groups'"),
+        ({"": LocalWidth("mlp_width")}, "the plan names '', but MLP has no 'mlp_width'"),
         ({"up": Colwise(), "*": Rowwise()}, r"the plan cuts 'up' twice, as 'up' and as '\*'"),
     ],
 )
