@@ -37,6 +37,17 @@ def request(prompt: str = "a red circle", **values: Any) -> Request:
     return Request(prompt=prompt, **{**defaults, **values})
 
 
+def stock_pipeline(cls: Any, folder: Path, **parts: Any) -> Any:
+    """diffusers' own, silent. Its parameters are copies: mapped from the file they lie unaligned, and MKL rounds by
+    that."""
+    pipe = cls.from_pretrained(folder, dtype=torch.float32, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.clone()
+    return pipe
+
+
 @contextmanager
 def worker(
     folder: Path, parallel: ParallelConfig, rank: int = 0, device: str = "cpu", dtype: str = "float32"

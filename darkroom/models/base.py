@@ -159,3 +159,15 @@ class Model(ABC):
 
     def new_scheduler(self) -> Any:
         return deepcopy(self.pipe.scheduler)
+
+    def shifted_scheduler(self, sigmas: Any, image_tokens: int) -> Any:
+        """A sample's own scheduler over `sigmas`, which large pictures shift towards the noise, as the stock
+        pipelines' `calculate_shift` does it (https://arxiv.org/abs/2403.03206, section 5.3.2)."""
+        scheduler = self.new_scheduler()
+        option = scheduler.config.get
+        low, high = option("base_image_seq_len", 256), option("max_image_seq_len", 4096)
+        base, most = option("base_shift", 0.5), option("max_shift", 1.15)
+        slope = (most - base) / (high - low)
+        scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=image_tokens * slope + (base - slope * low))
+        scheduler.set_begin_index(0)
+        return scheduler

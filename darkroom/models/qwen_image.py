@@ -11,9 +11,7 @@ from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.request import Request
 from darkroom.parallel.plan import (
     Colwise,
-    EmbeddingColumns,
     Heads,
-    KeyValueGroups,
     Plan,
     Rowwise,
     SequenceParallelInput,
@@ -21,6 +19,7 @@ from darkroom.parallel.plan import (
 )
 
 from .base import Component, Model, Sample
+from .text_encoders import QWEN2_5_VL
 
 if TYPE_CHECKING:
     import torch
@@ -46,22 +45,6 @@ TRANSFORMER = Plan(
         "pos_embed": {0: _ROPE, 1: _ROPE},
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
     },
-)
-
-_GROUPED = Heads("num_attention_heads", "num_key_value_heads")
-
-TEXT_ENCODER = Plan(
-    tensor={
-        "embed_tokens": EmbeddingColumns(),
-        "layers.*.self_attn.q_proj": Colwise(_GROUPED),
-        "layers.*.self_attn.k_proj": Colwise(_GROUPED, is_kv=True),
-        "layers.*.self_attn.v_proj": Colwise(_GROUPED, is_kv=True),
-        "layers.*.self_attn.o_proj": Rowwise(_GROUPED),
-        "layers.*.self_attn": KeyValueGroups(_GROUPED, "num_key_value_groups"),
-        "layers.*.mlp.gate_proj": Colwise(),
-        "layers.*.mlp.up_proj": Colwise(),
-        "layers.*.mlp.down_proj": Rowwise(),
-    }
 )
 
 
@@ -94,15 +77,7 @@ class QwenImage(Model):
             plan=TRANSFORMER,
             ranks="tp",
         ),
-        "text_encoder": Component(  # the vision tower and the vocabulary's logits are not needed for text to image
-            module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-            name="Qwen2_5_VLTextModel",
-            plan=TEXT_ENCODER,
-            ranks="world",
-            section="text_config",
-            prefixes=("model.language_model.", "model."),
-            leave_out=("model.visual.",),
-        ),
+        "text_encoder": QWEN2_5_VL,
         "vae": Component(
             module="diffusers.models.autoencoders.autoencoder_kl_qwenimage",
             name="AutoencoderKLQwenImage",
@@ -112,14 +87,17 @@ class QwenImage(Model):
     }
 
     def prepare(self, request: Request) -> Sample:
+        import numpy as np
+
         prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
         branches = [self._encode(prompt, request.max_sequence_length) for prompt in prompts]
         embeds = branches[0]["encoder_hidden_states"]
         latents = self._noise(request, embeds.dtype)
+        steps = request.num_inference_steps
         return Sample(
             request=request,
             latents=latents,
-            scheduler=self._timesteps(request, latents.shape[1]),
+            scheduler=self.shifted_scheduler(np.linspace(1.0, 1 / steps, steps), latents.shape[1]),
             branches=branches,
             text_tokens=embeds.shape[1],
             image_tokens=latents.shape[1],
@@ -139,18 +117,6 @@ class QwenImage(Model):
             1, channels, request.height, request.width, dtype, self.device, generator
         )
         return noise
-
-    def _timesteps(self, request: Request, image_tokens: int) -> Any:
-        import numpy as np
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-
-        scheduler = self.new_scheduler()
-        shift = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
-        mu = calculate_shift(image_tokens, *(scheduler.config.get(key, default) for key, default in shift))
-        steps = request.num_inference_steps
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=self.device, mu=mu)
-        scheduler.set_begin_index(0)
-        return scheduler
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         import torch

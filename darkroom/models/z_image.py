@@ -11,9 +11,7 @@ from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.request import Request
 from darkroom.parallel.plan import (
     Colwise,
-    EmbeddingColumns,
     Heads,
-    KeyValueGroups,
     LocalHeads,
     Plan,
     Rowwise,
@@ -22,7 +20,9 @@ from darkroom.parallel.plan import (
     SequenceRule,
 )
 
+from .autoencoder_kl import VAE, decode_latents
 from .base import Component, Model, Sample
+from .text_encoders import QWEN3
 
 if TYPE_CHECKING:
     import torch
@@ -55,22 +55,6 @@ TRANSFORMER = Plan(
     attention=("noise_refiner.*.attention", "layers.*.attention"),
 )
 
-_GROUPED = Heads("num_attention_heads", "num_key_value_heads")
-
-TEXT_ENCODER = Plan(
-    tensor={
-        "embed_tokens": EmbeddingColumns(),
-        "layers.*.self_attn.q_proj": Colwise(_GROUPED),
-        "layers.*.self_attn.k_proj": Colwise(_GROUPED, is_kv=True),
-        "layers.*.self_attn.v_proj": Colwise(_GROUPED, is_kv=True),
-        "layers.*.self_attn.o_proj": Rowwise(_GROUPED),
-        "layers.*.self_attn": KeyValueGroups(_GROUPED, "num_key_value_groups"),
-        "layers.*.mlp.gate_proj": Colwise(),
-        "layers.*.mlp.up_proj": Colwise(),
-        "layers.*.mlp.down_proj": Rowwise(),
-    }
-)
-
 
 class ZImage(Model):
     pipelines = ("ZImagePipeline",)
@@ -101,33 +85,25 @@ class ZImage(Model):
             plan=TRANSFORMER,
             ranks="tp",
         ),
-        "text_encoder": Component(
-            module="transformers.models.qwen3.modeling_qwen3",
-            name="Qwen3Model",
-            plan=TEXT_ENCODER,
-            ranks="world",
-            prefixes=("model.", ""),
-            leave_out=("lm_head.",),
-        ),
-        "vae": Component(
-            module="diffusers.models.autoencoders.autoencoder_kl",
-            name="AutoencoderKL",
-            plan=Plan(spatial="decoder", whole_rows=("decoder.mid_block.attentions.*",)),
-            ranks="vae",
-        ),
+        "text_encoder": QWEN3,
+        "vae": VAE,
     }
 
     def prepare(self, request: Request) -> Sample:
+        from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+
         prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
         branches = [self._encode(prompt, request.max_sequence_length) for prompt in prompts]
         latents = self._noise(request)
+        image_tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
+        sigmas = get_default_z_image_sigmas(request.num_inference_steps)
         return Sample(
             request=request,
             latents=latents,
-            scheduler=self._timesteps(request, latents),
+            scheduler=self.shifted_scheduler(sigmas, image_tokens),
             branches=branches,
             text_tokens=len(branches[0]["cap_feats"]),
-            image_tokens=latents.shape[2] * latents.shape[3] // 4,
+            image_tokens=image_tokens,
         )
 
     def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
@@ -152,19 +128,6 @@ class ZImage(Model):
         )
         return noise
 
-    def _timesteps(self, request: Request, latents: torch.Tensor) -> Any:
-        from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
-
-        scheduler = self.new_scheduler()
-        shift = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
-        tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
-        mu = calculate_shift(tokens, *(scheduler.config.get(key, default) for key, default in shift))
-        scheduler.set_timesteps(
-            sigmas=get_default_z_image_sigmas(request.num_inference_steps), device=self.device, mu=mu
-        )
-        scheduler.set_begin_index(0)
-        return scheduler
-
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         """The model predicts the data's side of the velocity at time 1 - sigma: negated, it is the scheduler's."""
         import torch
@@ -185,22 +148,4 @@ class ZImage(Model):
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
         import torch
 
-        vae = self.pipe.vae
-        if vae is None:
-            return None
-        z = torch.cat(list(latents)).to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-
-        def decode(latents: torch.Tensor) -> torch.Tensor:
-            picture: torch.Tensor = vae.decode(latents, return_dict=False)[0]
-            return picture
-
-        return self.spread_decode(z, decode, decode, _tiling(vae))
-
-
-def _tiling(vae: Any) -> Any:
-    """The stock tiled decode's tiles, which overlap by a share of their edge."""
-    from darkroom.parallel.spatial import Tiling
-
-    tile = vae.tile_sample_min_size
-    stride = tile - int(tile * vae.tile_overlap_factor)
-    return Tiling(tile=(tile, tile), stride=(stride, stride), scale=tile // vae.tile_latent_min_size)
+        return decode_latents(self, torch.cat(list(latents)))

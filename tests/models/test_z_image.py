@@ -12,7 +12,7 @@ from diffusers import ZImagePipeline
 
 from darkroom.configs import ParallelConfig, Request
 from tests import faults
-from tests.golden import TOLERANCE, difference, generate, request, worker
+from tests.golden import TOLERANCE, difference, generate, request, stock_pipeline, worker
 from tests.matrix import CELLS, Cell, Expected, Fault, differences, one_process, run_cells
 from tests.ranks import run_ranks
 
@@ -48,10 +48,7 @@ REQUESTS = {
 def test_one_process_is_the_stock_pipeline(case: str, folders: dict[str, Path]) -> None:
     """Bit for bit without guidance; the stock pipeline batches the two branches, which rounds otherwise."""
     wanted, folder = REQUESTS[case], folders["z_image_4_heads"]
-    pipe = ZImagePipeline.from_pretrained(folder, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    for parameter in pipe.transformer.parameters():  # mapped from the file, and unaligned there: MKL rounds by that
-        parameter.data = parameter.data.clone()
+    pipe = stock_pipeline(ZImagePipeline, folder)
     with worker(folder, ParallelConfig()) as one:
         [(latents, decoded)] = generate(one, [wanted]).values()
         assert decoded is not None

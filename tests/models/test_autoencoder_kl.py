@@ -1,0 +1,49 @@
+"""Latents to pictures by AutoencoderKL, against the VAE's own decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from darkroom.configs import ParallelConfig
+from darkroom.engine.worker import Worker
+from darkroom.models.autoencoder_kl import decode_latents, tiling
+from tests.golden import worker
+
+
+@pytest.fixture(scope="module")
+def tiled(checkpoints: dict[str, Path]) -> Iterator[Worker]:
+    with worker(checkpoints["z_image_4_heads"], ParallelConfig(vae_use_tiling=True)) as one:
+        yield one
+
+
+@pytest.mark.parametrize("size", [(10, 14), (34, 40)])  # one tile, and several that end unevenly
+def test_a_decode_is_the_stock_tiled_one(size: tuple[int, int], tiled: Worker) -> None:
+    vae = tiled.model.pipe.vae
+    latents = torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(0))
+    picture = decode_latents(tiled.model, latents)
+    assert picture is not None
+    vae.enable_tiling()
+    try:
+        wanted = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+        unscaled = vae.decode(latents).sample
+    finally:
+        vae.disable_tiling()
+    assert torch.equal(picture, wanted)
+    assert not torch.equal(picture, unscaled)  # a fault is seen
+
+
+def test_tiles_are_of_the_sizes_of_the_vae(tiled: Worker) -> None:
+    tiles = tiling(tiled.model.pipe.vae)
+    assert (tiles.tile, tiles.stride, tiles.scale) == ((128, 128), (96, 96), 8)
+
+
+def test_a_rank_without_the_vae_decodes_nothing(tiled: Worker) -> None:
+    tiled.model.pipe.vae, vae = None, tiled.model.pipe.vae
+    try:
+        assert decode_latents(tiled.model, torch.zeros(1, 16, 4, 4)) is None
+    finally:
+        tiled.model.pipe.vae = vae
