@@ -28,4 +28,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "z_image_4_heads": tiny.z_image(root / "z_image_4_heads"),
         "z_image_5_heads": tiny.z_image(root / "z_image_5_heads", heads=5),
+        "longcat_image_4_heads": tiny.longcat_image(root / "longcat_image_4_heads"),
+        "longcat_image_5_heads": tiny.longcat_image(root / "longcat_image_5_heads", heads=5),
+        "ovis_image_4_heads": tiny.ovis_image(root / "ovis_image_4_heads"),
+        "ovis_image_5_heads": tiny.ovis_image(root / "ovis_image_5_heads", heads=5),
     }

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from darkroom.parallel import attention, guidance, tensor
+from darkroom.parallel import attention, guidance, plan, tensor
 from darkroom.parallel.plan import Rowwise
 
 
@@ -73,4 +73,15 @@ def branches_are_swapped() -> Iterator[None]:
         return inner(*args)[::-1]
 
     with patch("darkroom.engine.worker.map_branches", swapped):
+        yield
+
+
+@contextmanager
+def parts_are_cut_as_one() -> Iterator[None]:
+    """A fused projection cut as if it were one tensor."""
+
+    def whole(dim: int, shape: Any, _parts: Any, *args: Any) -> plan.Cut:
+        return plan._cut(dim, shape, None, False, *args)
+
+    with patch.object(plan, "_cut_parts", whole):
         yield

@@ -12,6 +12,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    LongCatImageTransformer2DModel,
+    OvisImageTransformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -70,7 +72,60 @@ def z_image(folder: Path, *, heads: int = 4, layers: int = 2, dtype: torch.dtype
     with torch.no_grad():
         for token in (transformer.x_pad_token, transformer.cap_pad_token):
             token.normal_(std=0.02)
-    vae = AutoencoderKL(
+    parts = {
+        "transformer": transformer,
+        "vae": _vae(),
+        "text_encoder": _qwen3(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return _save(folder, "ZImagePipeline", parts, dtype)
+
+
+def longcat_image(folder: Path, *, heads: int = 4, dtype: torch.dtype = torch.float32) -> Path:
+    """A LongCat-Image pipeline of `heads` x 16. The processor's folder is as the hub has it: what nobody can load."""
+    parts = {
+        "transformer": _flux_form(LongCatImageTransformer2DModel, heads),
+        "vae": _vae(),
+        "text_encoder": _text_encoder(64, 4, 2),
+        "scheduler": _shifting_scheduler(),
+    }
+    _save(folder, "LongCatImagePipeline", parts, dtype, text_processor=["transformers", "Qwen2VLProcessor"])
+    (folder / "text_processor").mkdir()
+    config = {"processor_class": "Qwen2VLProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
+    (folder / "text_processor" / "preprocessor_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def ovis_image(folder: Path, *, heads: int = 4, dtype: torch.dtype = torch.float32) -> Path:
+    """An Ovis-Image pipeline of `heads` x 16. The demo's tokenizer makes 28 tokens of what comes before the prompt."""
+    parts = {
+        "transformer": _flux_form(OvisImageTransformer2DModel, heads),
+        "vae": _vae(),
+        "text_encoder": _qwen3(),
+        "scheduler": _shifting_scheduler(),
+    }
+    return _save(folder, "OvisImagePipeline", parts, dtype)
+
+
+def _flux_form(cls: Any, heads: int) -> Any:
+    torch.manual_seed(0)
+    return cls(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=heads,
+        joint_attention_dim=64,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _shifting_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -83,6 +138,9 @@ def z_image(folder: Path, *, heads: int = 4, layers: int = 2, dtype: torch.dtype
         shift_factor=0.1159,
         scaling_factor=0.3611,
     )
+
+
+def _qwen3() -> Qwen3Model:
     torch.manual_seed(1)
     config = Qwen3Config(
         hidden_size=64,
@@ -93,18 +151,22 @@ def z_image(folder: Path, *, heads: int = 4, layers: int = 2, dtype: torch.dtype
         head_dim=16,
         vocab_size=757,
     )
-    parts = {
-        "transformer": transformer,
-        "vae": vae,
-        "text_encoder": Qwen3Model(config),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-    }
-    return _save(folder, "ZImagePipeline", parts, dtype)
+    return Qwen3Model(config)
 
 
-def _save(folder: Path, pipeline: str, parts: dict[str, Any], dtype: torch.dtype, shard_size: str = "10GB") -> Path:
-    """The diffusers layout. The tokenizer is the demo's, with a chat template for those that use one."""
-    index: dict[str, Any] = {"_class_name": pipeline, "tokenizer": ["transformers", "Qwen2Tokenizer"]}
+def _save(
+    folder: Path,
+    pipeline: str,
+    parts: dict[str, Any],
+    dtype: torch.dtype,
+    shard_size: str = "10GB",
+    **others: list[str],
+) -> Path:
+    """The diffusers layout. The tokenizer is the demo's, with a chat template for those that use one.
+
+    `others`: parts that the index names beside those that are saved here.
+    """
+    index: dict[str, Any] = {"_class_name": pipeline, "tokenizer": ["transformers", "Qwen2Tokenizer"], **others}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             part.to(dtype).save_pretrained(folder / name, max_shard_size=shard_size)

@@ -93,9 +93,11 @@ class Model(ABC):
         (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt")),
     )
     """Files beside the components that the pipeline needs: of each entry, one of the alternatives."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Parts of the pipeline that no request needs: they may be missing, and are not loaded."""
 
     def __init__(self, pipe: DiffusionPipeline, mesh: Mesh, device: torch.device, *, use_tiling: bool = False) -> None:
-        """`pipe` holds this rank's parts; components that it does not need are None."""
+        """`pipe` holds this rank's parts; those that it does not need are None."""
         self.pipe: Any = pipe
         self.mesh = mesh
         self.device = device

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Model:
     """This rank's `Model`. Raises `ConfigError` for a checkpoint that does not fit, ValueError for a wrong plan."""
-    parts: dict[str, nn.Module | None] = {}
+    parts: dict[str, nn.Module | None] = dict.fromkeys(checkpoint.family.unused)
     for name, component in checkpoint.family.components.items():
         axis = _axis(component, mesh)
         parts[name] = _component(checkpoint, name, axis, device, dtype) if axis else None

@@ -53,7 +53,7 @@ class Checkpoint:
         family = MODELS[name]
         named = [part for part, classes in index.items() if isinstance(classes, list) and any(classes)]
         for part in [*family.components, *named]:
-            if not (folder / part).is_dir():
+            if part not in family.unused and not (folder / part).is_dir():
                 raise ConfigError(f"'{model}' is incomplete: the folder {part}/ is missing")
         for choices in family.files:
             if not any(all((folder / file).is_file() for file in files) for files in choices):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from darkroom.configs import ConfigError, EngineConfig, ParallelConfig
-from darkroom.models import QwenImage
+from darkroom.models import MODELS, QwenImage
 from darkroom.models.checkpoint import DEMO, Checkpoint, open_checkpoint
 from tests import tiny
 from tests.golden import worker
@@ -102,6 +102,7 @@ def with_values(name: str, **values: Any) -> Callable[[Path], None]:
 
 
 TRANSFORMER = "transformer/config.json"
+KNOWN = ", ".join(sorted(MODELS))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ TRANSFORMER = "transformer/config.json"
         (without("model_index.json"), "is no diffusers pipeline: model/model_index.json is missing"),
         (with_text("model_index.json", "{"), "model/model_index.json is not JSON: "),
         (with_text("model_index.json", "[]"), "model/model_index.json holds no JSON object"),
-        (with_text("model_index.json", "{}"), "is a None, which no model family runs; known: QwenImagePipeline"),
+        (with_text("model_index.json", "{}"), f"is a None, which no model family runs; known: {KNOWN}"),
         (with_values("model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline, which no model family runs"),
         (with_values("model_index.json", _class_name=["a"]), "which no model family runs"),
         (with_values("model_index.json", extra=["diffusers", "X"]), "is incomplete: the folder extra/ is missing"),

@@ -32,7 +32,9 @@ def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str 
     assert component.rename(key) == name
 
 
-@pytest.mark.parametrize("name", ["qwen_image_4_heads", "z_image_4_heads"])
+@pytest.mark.parametrize(
+    "name", ["qwen_image_4_heads", "z_image_4_heads", "longcat_image_4_heads", "ovis_image_4_heads"]
+)
 def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, checkpoints: dict[str, Path]) -> None:
     checkpoint = Checkpoint.open(str(checkpoints[name]))
     component = checkpoint.family.components["text_encoder"]
