@@ -13,8 +13,19 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.matrix import CELLS, PAIRWISE, Cell
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="try every family in every layout, not in a subset")
+
+
+@pytest.fixture(scope="session")
+def layouts(pytestconfig: pytest.Config) -> dict[int, list[Cell]]:
+    """By world size."""
+    return CELLS if pytestconfig.getoption("--matrix") else PAIRWISE
 
 
 @pytest.fixture(scope="session")

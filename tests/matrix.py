@@ -39,6 +39,21 @@ CELLS: dict[int, list[Cell]] = {
 }
 """Layouts by world size: every axis, and every product of two."""
 
+PAIRWISE: dict[int, list[Cell]] = {
+    2: [
+        {"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
+        {"ring": 2},
+        {"tp": 2, "vae-pp": 2},
+        {"cfg": 2},
+    ],
+    4: [
+        {"usp": 2, "ring": 2, "vae-pp": 4},
+        {"usp": 2, "tp": 2, "vae-pp": 3},
+        {"cfg": 2, "ring": 2},
+    ],
+}
+"""What the families after the first are tried in, unless pytest is given `--matrix`."""
+
 PAIR = [
     request("a cat on the left", seed=3),  # uneven: 35 image tokens, and text lengths that no degree divides
     request("three tiny yellow stars and a very large orange house", seed=4),
