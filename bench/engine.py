@@ -74,7 +74,7 @@ def _request() -> Request:
         width=128,
         height=128,
         num_inference_steps=20,
-        true_cfg_scale=2.5,
+        guidance_scale=2.5,
         max_sequence_length=512,
         seed=0,
     )

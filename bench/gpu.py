@@ -10,7 +10,7 @@ are medians; Darkroom and stock take turns (A B A B) with the very same modules.
 * Qwen-Image, at 1024x1024 and 512x512: a denoising step (two guidance branches) through Darkroom's `Worker` and in the
   stock pipeline; the share of the ceiling that it reaches, its operations counted analytically; what of the step the
   products and the attention take by themselves; encoding both prompts; the VAE decode, plain and tiled; peak memory.
-* Z-Image: the stock transformer's forward, which is one step of Z-Image-Turbo; there is no family of ours yet.
+* Z-Image: the stock transformer's forward, which is one step of Z-Image-Turbo.
 
 A section that fails or would overrun the budget leaves a line that says so; the table is printed in every case.
 
@@ -326,7 +326,7 @@ def _request(size: int, steps: int) -> Request:
         width=size,
         height=size,
         num_inference_steps=steps,
-        true_cfg_scale=4.0,
+        guidance_scale=4.0,
         max_sequence_length=512,
         seed=0,
     )
@@ -393,7 +393,7 @@ def _stock_steps(pipe: QwenImagePipeline, request: Request, settings: Settings) 
     latents = pipe(
         request.prompt,
         negative_prompt=request.negative_prompt,
-        true_cfg_scale=request.true_cfg_scale,
+        true_cfg_scale=request.guidance_scale,
         width=request.width,
         height=request.height,
         num_inference_steps=request.num_inference_steps,

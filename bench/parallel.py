@@ -78,7 +78,7 @@ def step_seconds(layout: dict[str, int], steps: int, size: int) -> float:
         width=size,
         height=size,
         num_inference_steps=steps + 2,
-        true_cfg_scale=2.5,
+        guidance_scale=2.5,
         max_sequence_length=512,
         seed=0,
     )
