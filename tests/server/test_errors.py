@@ -31,7 +31,7 @@ def test_unknown_routes_are_404(http, method, path):
         ("POST", "/v1/models", "GET"),
         ("DELETE", "/v1/models/darkroom/demo", "GET"),
         ("POST", "/health", "GET"),
-        ("BREW", "/metrics", "GET"),
+        ("PROPFIND", "/metrics", "GET"),
     ],
 )
 def test_other_methods_are_405_and_say_what_is_allowed(http, method, path, allow):

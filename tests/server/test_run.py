@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import io
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +30,9 @@ from darkroom.models.checkpoint import DEMO
 
 PROMPT = "three yellow stars on a blue background"
 START_SECONDS = 60.0
-TEMPORARY = Path("/tmp")
+TEMPORARY = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+"""Where these servers put their sockets, and no others do; short, because a socket's path is."""
+atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
 
 
 class Server:
