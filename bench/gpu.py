@@ -187,6 +187,8 @@ def main() -> int:
 
 def _settings(smoke: bool) -> Settings:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take ten times as long
     if smoke:
         sizes, counts = (288, 64), {"cube": 64, "steps": 3, "rounds": 1, "repeats": 2}
         return Settings(device=device, qwen=SMOKE_QWEN, z=SMOKE_Z, sizes=sizes, **counts)
