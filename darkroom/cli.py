@@ -71,16 +71,17 @@ def generate(arguments: list[str]) -> int:
     options = config.model_dump(include=set(EngineConfig.model_fields) - {"model"}, exclude_unset=True)
     with (
         offline.Darkroom(config.model, **options) as darkroom,
-        tqdm(total=request.num_inference_steps * config.n, unit="step") as bar,
+        tqdm(total=(request.num_inference_steps - request.first_step) * config.n, unit="step") as bar,
     ):
         finished = darkroom.run([request.picture(i) for i in range(config.n)], lambda *_: bar.update())
-    for i, picture in enumerate(finished):
-        path = config.output if config.n == 1 else config.output.with_stem(f"{config.output.stem}-{i}")
+    files = [(file, picture.seed) for picture in finished for file in picture.files]
+    for i, (file, seed) in enumerate(files):
+        path = config.output if len(files) == 1 else config.output.with_stem(f"{config.output.stem}-{i}")
         try:
-            path.write_bytes(picture.image)
+            path.write_bytes(file)
         except OSError as e:
             raise ConfigError(f"--output {path}: {e.strerror}") from None
-        print(f"{path} (seed {picture.seed})")
+        print(f"{path} (seed {seed})")
     return 0
 
 

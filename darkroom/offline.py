@@ -7,6 +7,8 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +39,10 @@ from .models.checkpoint import open_checkpoint
 
 OnProgress = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all), over all pictures of the call."""
+
+
+Picture = Image.Image | str | os.PathLike[str] | bytes
+"""A picture, or the path or the content of a file that holds one."""
 
 
 class GenerationError(RuntimeError):
@@ -70,22 +76,36 @@ class Darkroom:
             raise
 
     def generate(
-        self, prompt: str, params: SamplingParams | None = None, *, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[Picture] = (),
+        mask: Picture | None = None,
+        on_progress: OnProgress | None = None,
     ) -> list[Image.Image]:
         """`params.n` pictures; picture i has the seed `params.seed + i`, which is also its `info["seed"]`.
 
+        Of a layered picture these are all its layers, of a video all its frames, one request's behind the other's.
+
+        `images` are edited, or begun from, as the model does it; `mask` says where (see `SamplingParams`).
         Raises RequestError for parameters that the model cannot take, GenerationError when the engine fails.
         """
         params = params or SamplingParams()
+        if images:
+            params = replace(params, images=tuple(picture_file(image) for image in images))
+        if mask is not None:
+            params = replace(params, mask=picture_file(mask))
         if params.n < 1:
             raise RequestError(f"Invalid n {params.n}: expected at least 1.", param="n", code="integer_below_min_value")
         request = self.capabilities.resolve(prompt, params)
         pictures: list[Image.Image] = []
         for finished in self.run([request.picture(i) for i in range(params.n)], on_progress):
-            picture = Image.open(io.BytesIO(finished.image))
-            picture.load()
-            picture.info["seed"] = finished.seed
-            pictures.append(picture)
+            for file in finished.files:
+                picture = Image.open(io.BytesIO(file))
+                picture.load()
+                picture.info["seed"] = finished.seed
+                pictures.append(picture)
         return pictures
 
     def run(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Finished]:
@@ -95,7 +115,7 @@ class Darkroom:
 
     def _run(self, requests: Sequence[Request], on_progress: OnProgress | None) -> list[Finished]:
         ids = [uuid.uuid4().hex for _ in requests]
-        total, done = sum(request.num_inference_steps for request in requests), 0
+        total, done = sum(request.num_inference_steps - request.first_step for request in requests), 0
         finished: dict[str, Finished] = {}
         try:
             for id, request in zip(ids, requests, strict=True):
@@ -153,9 +173,22 @@ class Darkroom:
         return outbound
 
 
+def picture_file(picture: Picture) -> bytes:
+    """The content of a picture's file. Raises OSError for a file that cannot be read."""
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, Image.Image):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+    return Path(picture).read_bytes()
+
+
 def with_format(request: Request, suffix: str) -> Request:
     """The request for a file of this ending. Raises ConfigError for one that is not known."""
-    formats: dict[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    formats: dict[str, OutputFormat] = {
+        ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4",
+    }  # fmt: skip
     if suffix.lower() not in formats:
         raise ConfigError(f"--output: no format for the ending '{suffix}'; known: {', '.join(formats)}")
     return request.as_file(formats[suffix.lower()])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from darkroom.configs import EngineConfig, ParallelConfig, Request
@@ -37,12 +40,25 @@ def request(prompt: str = "a red circle", **values: Any) -> Request:
     return Request(prompt=prompt, **{**defaults, **values})
 
 
+def picture_file(width: int, height: int, seed: int = 0, mode: str = "RGB") -> bytes:
+    """A PNG of soft colours: what a request brings with it. With "L": a mask, white in its lower right."""
+    if mode == "L":
+        picture = Image.new("L", (width, height))
+        picture.paste(255, (width // 3, height // 4, width, height))
+    else:
+        coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, len(mode))).astype(np.uint8)
+        picture = Image.fromarray(coarse, mode).resize((width, height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def stock_pipeline(cls: Any, folder: Path, **parts: Any) -> Any:
     """diffusers' own, silent. Its parameters are copies: mapped from the file they lie unaligned, and MKL rounds by
     that."""
     pipe = cls.from_pretrained(folder, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+    for part in (x for x in pipe.components.values() if isinstance(x, torch.nn.Module)):
         for parameter in part.parameters():
             parameter.data = parameter.data.clone()
     return pipe

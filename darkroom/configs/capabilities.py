@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from .errors import RequestError
-from .request import Request, SamplingParams
+from .pictures import picture_size
+from .request import Request, SamplingParams, Task
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
 
@@ -21,7 +22,7 @@ class Capabilities(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str
-    tasks: tuple[str, ...]
+    tasks: tuple[Task, ...]
     size_multiple: int
     """Width and height must be multiples of this."""
     min_edge: int
@@ -38,6 +39,8 @@ class Capabilities(BaseModel):
     """The field of a request that sets the strength of classifier-free guidance, by the stock pipeline's name."""
     guidance_scale: float
     """The model card's strength."""
+    no_guidance: float = 1.0
+    """At this strength or less there is no guidance, and half the work."""
     max_guidance: float
     negative_prompt: str
     """The negative prompt of a request that has none."""
@@ -47,13 +50,34 @@ class Capabilities(BaseModel):
     """The largest `max_sequence_length`: the text encoder's window in tokens, the template not counted."""
     guidance_branches: int
     """How many predictions guidance combines: the largest useful degree of CFG parallelism."""
+    max_images: int = 0
+    """How many pictures a request may bring."""
+    strength: float = 0.6
+    """Of image-to-image requests that do not say."""
+    inpaint_strength: float = 1.0
+    """Of requests with a mask that do not say."""
+    image_area: int = 1024 * 1024
+    """Pixels that a picture is scaled to before it is edited, and of an edited picture whose size is not asked for."""
+    condition_area: int = 384 * 384
+    """Pixels that the text encoder sees of a picture, where these are not the same."""
+    layers: int = 0
+    """How many layers a picture is taken apart into by default."""
+    max_layers: int = 0
+    num_frames: int = 1
+    """Frames of a video whose length is not asked for."""
+    frame_multiple: int = 1
+    """A video has one frame and a multiple of this more."""
+    max_frames: int = 1
+    fps: int = 0
+    """Frames per second by default; 0 for models that make no videos."""
+    max_fps: int = 60
     axes: tuple[str, ...]
     """The kinds of parallelism that the model has a plan for."""
 
-    def parse_size(self, size: str | None) -> tuple[int, int]:
-        """`"WIDTHxHEIGHT"`, `"auto"` or None -> (width, height). Raises `RequestError`."""
+    def parse_size(self, size: str | None) -> tuple[int, int] | tuple[None, None]:
+        """`"WIDTHxHEIGHT"` -> (width, height); `"auto"` and None leave it to `resolve`. Raises `RequestError`."""
         if size is None or size == "auto":
-            return self.default_size
+            return None, None
         if not (match := _SIZE.fullmatch(size)):
             raise RequestError(
                 f"Invalid size '{size[:40]}': expected 'auto' or 'WIDTHxHEIGHT', such as "
@@ -64,20 +88,122 @@ class Capabilities(BaseModel):
 
     def resolve(self, prompt: str, params: SamplingParams) -> Request:
         """Fill in the model's defaults and check every value. Raises `RequestError`; nothing is ever clamped."""
-        width = self.default_size[0] if params.width is None else params.width
-        height = self.default_size[1] if params.height is None else params.height
+        task = self._task(params)
+        width, height = self._size(task, params)
         self._check_prompt(prompt)
         self._check_size(width, height)
-        return Request(
+        request = Request(
+            task=task,
             prompt=prompt,
             negative_prompt=self.negative_prompt if params.negative_prompt is None else params.negative_prompt,
             width=width,
             height=height,
             num_inference_steps=self._steps(params),
             guidance_scale=self._guidance(params),
+            guidance_scale_2=params.guidance_scale_2,
             max_sequence_length=self._sequence_length(params.max_sequence_length),
             seed=secrets.randbelow(2**32) if params.seed is None else self._seed(params.seed),
+            images=params.images,
+            mask=params.mask,
+            strength=self._strength(task, params.strength),
+            layers=self._layers(task, params.layers),
+            num_frames=self._frames(params.num_frames),
+            fps=self._fps(params.fps),
         )
+        if request.first_step >= request.num_inference_steps:
+            raise RequestError(
+                f"Invalid strength {request.strength:g}: of {request.num_inference_steps} steps none would be left.",
+                param="strength",
+            )
+        return request
+
+    def _task(self, params: SamplingParams) -> Task:
+        """What the request's pictures ask for. Raises `RequestError` where the model cannot."""
+        if not params.images:
+            if params.mask is not None:
+                raise RequestError("'mask' needs an 'image' that it is laid over.", param="mask")
+            if found := self._first_of(("text-to-image", "text-to-video")):
+                return found
+            raise RequestError(f"{self.family} needs a picture to begin with: 'image'.", param="image")
+        if len(params.images) > self.max_images:
+            takes = f"at most {self.max_images}" if self.max_images else "none"
+            raise RequestError(f"{len(params.images)} pictures were sent; {self.family} takes {takes}.", param="image")
+        sizes = [picture_size(image, "image") for image in params.images]
+        if params.mask is None:
+            found = self._first_of(("edit", "layered", "image-to-video", "image-to-image"))
+            assert found, "max_images without a task that takes pictures"
+            return found
+        if "inpaint" not in self.tasks:
+            raise RequestError(f"{self.family} takes no mask: it redraws the whole picture.", param="mask")
+        if (size := picture_size(params.mask, "mask")) != sizes[0]:
+            raise RequestError(
+                f"The mask has {size[0]}x{size[1]} pixels, and its picture {sizes[0][0]}x{sizes[0][1]}.", param="mask"
+            )
+        return "inpaint"
+
+    def _first_of(self, tasks: tuple[Task, ...]) -> Task | None:
+        return next((task for task in tasks if task in self.tasks), None)
+
+    def _size(self, task: Task, params: SamplingParams) -> tuple[int, int]:
+        """(width, height), of which what the request does not say comes from its first picture or is the default."""
+        width, height = self.default_size
+        if params.images and (params.width is None or params.height is None):
+            width, height = self.scaled(picture_size(params.images[0], "image"), task)
+        return width if params.width is None else params.width, height if params.height is None else params.height
+
+    def scaled(self, size: tuple[int, int], task: Task) -> tuple[int, int]:
+        """What the model makes of a picture of `size`: as large where it is drawn over, else only of its shape."""
+        own = self._rounded(size, 1.0, self.size_multiple)
+        if task in ("inpaint", "image-to-image") and own[0] * own[1] <= self.max_pixels:
+            return own
+        return self._rounded(size, math.sqrt(self.image_area / (size[0] * size[1])), max(self.size_multiple, 32))
+
+    def _rounded(self, size: tuple[int, int], scale: float, unit: int) -> tuple[int, int]:
+        width, height = (max(round(edge * scale / unit), math.ceil(self.min_edge / unit)) * unit for edge in size)
+        return width, height
+
+    def _strength(self, task: Task, strength: float | None) -> float:
+        if task not in ("image-to-image", "inpaint"):
+            if strength not in (None, 1):
+                raise RequestError(
+                    f"'strength' is for pictures that are drawn over; for this request {self.family} draws from noise.",
+                    param="strength",
+                )
+            return 1.0
+        if strength is None:
+            return self.inpaint_strength if task == "inpaint" else self.strength
+        if not 0 < strength <= 1:
+            raise RequestError(f"Invalid strength {strength:g}: expected more than 0 and at most 1.", param="strength")
+        return float(strength)
+
+    def _layers(self, task: Task, layers: int | None) -> int:
+        if task != "layered":
+            if layers is not None:
+                raise RequestError(f"{self.family} makes pictures without layers.", param="layers")
+            return 0
+        return self.layers if layers is None else _between(layers, 1, self.max_layers, "layers")
+
+    def _frames(self, frames: int | None) -> int:
+        if frames is None:
+            return self.num_frames
+        if not self.fps and frames != 1:
+            raise RequestError(f"{self.family} makes pictures, not videos.", param="num_frames")
+        frames = _between(frames, 1, self.max_frames, "num_frames")
+        if (frames - 1) % self.frame_multiple:
+            below = (frames - 1) // self.frame_multiple * self.frame_multiple + 1
+            raise RequestError(
+                f"Invalid num_frames {frames}: {self.family} makes one frame and a multiple of {self.frame_multiple} "
+                f"more, such as {below} or {below + self.frame_multiple}.",
+                param="num_frames",
+            )
+        return frames
+
+    def _fps(self, fps: int | None) -> int:
+        if fps is None:
+            return self.fps
+        if not self.fps:
+            raise RequestError(f"{self.family} makes pictures, not videos.", param="fps")
+        return _between(fps, 1, self.max_fps, "fps")
 
     def _check_prompt(self, prompt: str) -> None:
         if not prompt.strip():
@@ -123,26 +249,12 @@ class Capabilities(BaseModel):
         steps = params.num_inference_steps
         if steps is None:
             return self.quality_steps[params.quality] if params.quality else self.num_inference_steps
-        if not self.min_inference_steps <= steps <= self.max_inference_steps:
-            low = steps < self.min_inference_steps
-            raise RequestError(
-                f"Invalid num_inference_steps {steps}: expected {self.min_inference_steps} to "
-                f"{self.max_inference_steps}.",
-                param="num_inference_steps",
-                code="integer_below_min_value" if low else "integer_above_max_value",
-            )
-        return steps
+        return _between(steps, self.min_inference_steps, self.max_inference_steps, "num_inference_steps")
 
     def _sequence_length(self, length: int | None) -> int:
         if length is None:
             return self.max_sequence_length
-        if not 1 <= length <= self.text_window:
-            raise RequestError(
-                f"Invalid max_sequence_length {length}: expected 1 to {self.text_window}.",
-                param="max_sequence_length",
-                code="integer_below_min_value" if length < 1 else "integer_above_max_value",
-            )
-        return length
+        return _between(length, 1, self.text_window, "max_sequence_length")
 
     def _seed(self, seed: int) -> int:
         if not 0 <= seed < 2**64:
@@ -155,3 +267,14 @@ class Capabilities(BaseModel):
 
     def override(self, values: dict[str, Any]) -> Capabilities:
         return Capabilities.model_validate({**self.model_dump(), **values})
+
+
+def _between(value: int, low: int, high: int, param: str) -> int:
+    """The value, if it lies in the range. Raises `RequestError`."""
+    if not low <= value <= high:
+        raise RequestError(
+            f"Invalid {param} {value}: expected {low} to {high}.",
+            param=param,
+            code="integer_below_min_value" if value < low else "integer_above_max_value",
+        )
+    return value

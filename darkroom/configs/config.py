@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -116,20 +116,36 @@ class ServeConfig(EngineConfig, _CommandLine):
         return self.served_model_name or (folder.resolve().name if folder.is_dir() else self.model)
 
 
+def _as_list(value: object) -> object:
+    """A YAML file may name one without brackets."""
+    return [value] if isinstance(value, str) else value
+
+
 class GenerateConfig(EngineConfig, _CommandLine):
     """`darkroom generate`: a picture with no server."""
 
     model_config = SettingsConfigDict(cli_prog_name="darkroom generate", cli_shortcuts={"output": "o"})
 
     prompt: CliPositionalArg[str] = Field(description="what the picture shows")
-    output: Path = Field(Path("out.png"), description="file to write; its ending names the format: png, jpg, webp")
+    output: Path = Field(Path("out.png"), description="file to write; its ending names the format: png, jpg, webp, mp4")
+    image: Annotated[list[Path], BeforeValidator(_as_list)] = Field(
+        [], description="picture to edit or begin from; once for each, where the model takes several"
+    )
+    mask_image: Path | None = Field(
+        None, description="where to draw: what is transparent in it, or without alpha white"
+    )
+    strength: float | None = Field(None, description="how far the picture is taken back to noise, above 0 to 1")
     negative_prompt: str | None = Field(None, description="what the picture should not show")
     width: int | None = Field(None, description="pixels")
     height: int | None = Field(None, description="pixels")
     num_inference_steps: int | None = Field(None, description="denoising steps")
     true_cfg_scale: float | None = Field(None, description="strength of guidance, for models that call it so")
     guidance_scale: float | None = Field(None, description="strength of guidance, for the other models")
+    guidance_scale_2: float | None = Field(None, description="the same for the second transformer of models with two")
     max_sequence_length: int | None = Field(None, description="prompt tokens after which the text is cut off")
+    num_frames: int | None = Field(None, description="length of a video")
+    fps: int | None = Field(None, description="frames per second of a video")
+    layers: int | None = Field(None, description="how many layers to take a picture apart into")
     seed: int | None = Field(None, description="the same seed gives the same picture")
     n: int = Field(1, ge=1, le=10, description="how many pictures; with more than one, files get -0, -1, ...")
 
@@ -142,10 +158,24 @@ class GenerateConfig(EngineConfig, _CommandLine):
             num_inference_steps=self.num_inference_steps,
             true_cfg_scale=self.true_cfg_scale,
             guidance_scale=self.guidance_scale,
+            guidance_scale_2=self.guidance_scale_2,
             max_sequence_length=self.max_sequence_length,
+            images=tuple(_read_file("--image", path) for path in self.image),
+            mask=_read_file("--mask-image", self.mask_image) if self.mask_image else None,
+            strength=self.strength,
+            num_frames=self.num_frames,
+            fps=self.fps,
+            layers=self.layers,
             seed=self.seed,
             n=self.n,
         )
+
+
+def _read_file(flag: str, path: Path) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as e:
+        raise ConfigError(f"{flag} {path}: {e.strerror}") from None
 
 
 def engine_config(config: EngineConfig) -> EngineConfig:

@@ -9,7 +9,8 @@ import msgspec
 
 from .errors import RequestError
 
-OutputFormat = Literal["png", "jpeg", "webp"]
+OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
+Task = Literal["text-to-image", "image-to-image", "inpaint", "edit", "layered", "text-to-video", "image-to-video"]
 _MAX_EDGE: dict[OutputFormat, int] = {"jpeg": 65_535, "webp": 16_383}
 """What the file formats can hold."""
 
@@ -30,6 +31,19 @@ class SamplingParams:
     negative_prompt: str | None = None
     max_sequence_length: int | None = None
     """Prompt tokens after which the text is cut off."""
+    images: tuple[bytes, ...] = ()
+    """PNG, JPEG or WebP files: what is edited, or begun from."""
+    mask: bytes | None = None
+    """A picture of the first image's size: what is transparent in it is drawn anew, or without alpha what is white."""
+    strength: float | None = None
+    """How far a picture is taken back to noise before it is drawn anew: above 0, to 1, which leaves nothing of it."""
+    layers: int | None = None
+    """How many layers a picture is taken apart into."""
+    num_frames: int | None = None
+    fps: int | None = None
+    """Frames per second of a video's file."""
+    guidance_scale_2: float | None = None
+    """Strength of guidance in the low-noise steps, for models that have a second transformer for them."""
     seed: int | None = None
     """Picture i of n is drawn with `seed + i`. None draws a random seed."""
     n: int = 1
@@ -41,23 +55,46 @@ class SamplingParams:
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One picture, resolved and checked: what the engine and its workers see."""
 
+    task: Task = "text-to-image"
     prompt: str
     negative_prompt: str
     width: int
     height: int
     num_inference_steps: int
     guidance_scale: float
-    """Strength of classifier-free guidance; 1 or less: none."""
+    """Strength of classifier-free guidance, which the model's `no_guidance` switches off."""
     max_sequence_length: int
     seed: int
+    images: tuple[bytes, ...] = ()
+    mask: bytes | None = None
+    strength: float = 1.0
+    layers: int = 0
+    num_frames: int = 1
+    fps: int = 0
+    guidance_scale_2: float | None = None
     output_format: OutputFormat = "png"
     output_compression: int = 100
     """0 to 100, the quality of JPEG and WebP."""
     partial_images: int = 0
     """How many previews are decoded on the way."""
 
+    @property
+    def first_step(self) -> int:
+        """The step of the schedule at which the picture's noise fits `strength`, as diffusers' pipelines round it."""
+        steps = self.num_inference_steps
+        return int(max(steps - min(steps * self.strength, steps), 0))
+
     def as_file(self, output_format: OutputFormat, output_compression: int = 100) -> Request:
-        """The request for a file of this format. Raises RequestError for a picture that is too long for it."""
+        """The request for a file of this format; a video in a picture's format is one file for each frame.
+
+        Raises RequestError for what the format cannot hold.
+        """
+        if output_format == "mp4" and not self.fps:
+            raise RequestError("The model makes pictures, not videos: use png, jpeg or webp.", param="output_format")
+        if output_format == "jpeg" and self.task == "layered":
+            raise RequestError(
+                "Layers are transparent, which jpeg files are not: use png or webp.", param="output_format"
+            )
         edge, limit = max(self.width, self.height), _MAX_EDGE.get(output_format)
         if limit and edge > limit:
             raise RequestError(

@@ -3,23 +3,58 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import av
 from PIL import Image
 
-from darkroom.configs.request import Request
+from darkroom.configs.request import OutputFormat, Request
 
 _PNG_LEVEL = 1
 """Three to four times faster than zlib's default, for files a few per cent larger."""
+_CRF = "18"
+"""x264's constant quality: a video that the eye cannot tell from its frames, at a tenth of their size."""
 
 
-def encode_picture(picture: Image.Image, request: Request) -> bytes:
-    """The bytes of a PNG, JPEG or WebP file, as the request asks."""
+def encode_files(pictures: Sequence[Image.Image], request: Request) -> tuple[bytes, ...]:
+    """The files of one request: a video of its frames, or one picture for each."""
+    if request.output_format == "mp4":
+        return (encode_video(pictures, request.fps),)
+    return tuple(encode_picture(picture, request.output_format, request.output_compression) for picture in pictures)
+
+
+def encode_preview(pictures: Sequence[Image.Image], request: Request) -> bytes:
+    """One picture, which of a video is its first frame."""
+    output_format = "png" if request.output_format == "mp4" else request.output_format
+    return encode_picture(pictures[0], output_format, request.output_compression)
+
+
+def encode_picture(picture: Image.Image, output_format: OutputFormat, output_compression: int) -> bytes:
+    """The bytes of a PNG, JPEG or WebP file; `output_compression` is the quality of the latter two."""
     buffer = io.BytesIO()
-    match request.output_format:
+    match output_format:
         case "png":
             picture.save(buffer, "PNG", compress_level=_PNG_LEVEL)
         case "jpeg":
-            picture.convert("RGB").save(buffer, "JPEG", quality=request.output_compression)
+            picture.convert("RGB").save(buffer, "JPEG", quality=output_compression)
         case "webp":
-            picture.save(buffer, "WEBP", quality=request.output_compression)
+            picture.save(buffer, "WEBP", quality=output_compression)
+        case "mp4":
+            raise ValueError("a single picture is no video")
     return buffer.getvalue()
+
+
+def encode_video(frames: Sequence[Image.Image], fps: int) -> bytes:
+    """An H.264 video in MP4, its index in front, so that it plays while it is being fetched."""
+    with TemporaryDirectory(prefix="darkroom-") as folder:  # moving the index takes a file that can be read again
+        path = Path(folder) / "video.mp4"
+        with av.open(path, "w", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": _CRF})
+            stream.width, stream.height = frames[0].size
+            stream.pix_fmt = "yuv420p"  # what every player takes
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_image(frame)))  # type: ignore[no-untyped-call]
+            container.mux(stream.encode(None))
+        return path.read_bytes()

@@ -63,7 +63,8 @@ class Preview(Message, frozen=True):
 
 class Finished(Message, frozen=True):
     id: str
-    image: bytes
+    files: tuple[bytes, ...]
+    """One for most models; a layered picture has one for each layer, and so a video's frames as pictures."""
     seed: int
     text_tokens: int
     image_tokens: int
@@ -133,7 +134,7 @@ class Error(Message, frozen=True):
 
 class Encoded(Message, frozen=True):
     id: str
-    image: bytes
+    files: tuple[bytes, ...]
     seconds: float
     preview: int | None = None
 

@@ -122,7 +122,7 @@ class Scheduler:
             self.cancel(Cancel(id=message.id))
             return Failed(id=message.id, error=message.error)
         if message.preview is not None:
-            return Preview(id=message.id, index=message.preview, image=message.image)
+            return Preview(id=message.id, index=message.preview, image=message.files[0])
         job.encoded = message
         return self._finished(message.id) if message.id in self.encoding else None
 
@@ -172,7 +172,7 @@ class Scheduler:
         job.spend("encode", job.encoded.seconds)
         return Finished(
             id=id,
-            image=job.encoded.image,
+            files=job.encoded.files,
             seed=job.request.seed,
             text_tokens=job.prepared.text_tokens,
             image_tokens=job.prepared.image_tokens,

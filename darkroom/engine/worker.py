@@ -23,7 +23,7 @@ from darkroom.models.checkpoint import open_checkpoint
 from darkroom.parallel.guidance import map_branches
 from darkroom.parallel.mesh import Mesh
 
-from .media import encode_picture
+from .media import encode_files, encode_preview
 from .messages import (
     Command,
     Decode,
@@ -76,7 +76,7 @@ class Worker:
             self.model.advance(sample, self.model.guide(sample, [x[i : i + 1] for x in predictions]))
 
     def decode(self, command: Decode) -> torch.Tensor | None:
-        """Pictures [B, 3, H, W] in [-1, 1] on the output rank, None on the others."""
+        """Pictures [B, ...] in [-1, 1] on the output rank, None on the others."""
         samples = [self.samples[id] for id in command.ids]
         latents = [s.latents if command.preview is None or s.estimate is None else s.estimate for s in samples]
         return self.model.decode(samples, latents)
@@ -156,9 +156,9 @@ class WorkerProcess:
         start = time.monotonic()
         message: FromEncoder
         try:
-            [image] = model.pictures(picture[None])
-            data = encode_picture(image, request)
-            message = Encoded(id=id, image=data, seconds=time.monotonic() - start, preview=preview)
+            pictures = model.pictures(picture[None])
+            files = encode_files(pictures, request) if preview is None else (encode_preview(pictures, request),)
+            message = Encoded(id=id, files=files, seconds=time.monotonic() - start, preview=preview)
         except Exception as e:
             logger.exception("encoding failed")
             message = EncodingFailed(id=id, error=f"{type(e).__name__}: {e}")

@@ -25,15 +25,21 @@ VAE = Component(
 
 def decode_latents(model: Model, latents: torch.Tensor) -> torch.Tensor | None:
     """[B, C, h, w] as the transformer made them -> pictures [B, 3, H, W] on the output rank, None elsewhere."""
-    if (vae := model.pipe.vae) is None:
-        return None
+    vae = model.vae
 
     def decode(z: torch.Tensor) -> torch.Tensor:
         picture: torch.Tensor = vae.decode(z, return_dict=False)[0]
         return picture
 
     z = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-    return model.spread_decode(z, decode, decode, tiling(vae))
+    return model.spread_decode(z, decode, decode)
+
+
+def encode_picture(model: Model, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """[1, 3, H, W] in [-1, 1] -> latents as the transformer knows them [1, C, h, w], sampled from the VAE."""
+    config = model.vae.config
+    latents: torch.Tensor = model.encoder.encode(picture).latent_dist.sample(generator)
+    return (latents - config.shift_factor) * config.scaling_factor
 
 
 def tiling(vae: Any) -> Tiling:

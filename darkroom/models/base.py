@@ -7,9 +7,10 @@ module level needs no torch, so that the command line can read capabilities and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from darkroom.configs.capabilities import Capabilities
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
     from PIL import Image
+    from torch import nn
 
     from darkroom.parallel.mesh import Mesh
-    from darkroom.parallel.spatial import PatchDecoder, Tiling
+    from darkroom.parallel.spatial import Tiling
 
     Decode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,8 +42,10 @@ class Component:
     """`tp`: cut over the tensor-parallel axis. `world`: over all ranks. `vae`: whole, on the ranks that decode."""
     section: str | None = None
     """The part of config.json that describes the class, where the folder holds more than it."""
-    prefixes: Sequence[str] = ("",)
-    """What stands before the class's own parameter names in the checkpoint; keys with none of these are left out."""
+    nested: tuple[str, ...] = ()
+    """Sections of config.json that older checkpoints have flat, on its top level."""
+    prefixes: Mapping[str, str] = field(default_factory=lambda: {"": ""})
+    """What a key of the checkpoint begins with, and what the class has there; keys with none of these are left out."""
     leave_out: tuple[str, ...] = ()
     """Prefixes of keys that the class has no use for."""
 
@@ -49,10 +53,20 @@ class Component:
         """A checkpoint's key -> the parameter's name, or None for what the class has no use for."""
         if key.startswith(self.leave_out):
             return None
-        for prefix in self.prefixes:
+        for prefix, own in self.prefixes.items():
             if key.startswith(prefix):
-                return key.removeprefix(prefix)
+                return own + key.removeprefix(prefix)
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Inpainting: the picture of which everything outside the mask stays. All are shaped as the latents are."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    mask: torch.Tensor
+    """One where the picture is drawn anew, zero where it stays."""
 
 
 @dataclass(kw_only=True)
@@ -70,15 +84,23 @@ class Sample:
     estimate: torch.Tensor | None = None
     """The clean latents as the last step saw them; kept for requests that want previews."""
     step: int = 0
+    first_step: int = 0
+    """Of the schedule: an image-to-image request begins further on."""
+    kept: Kept | None = None
 
     @property
     def timestep(self) -> torch.Tensor:
-        timestep: torch.Tensor = self.scheduler.timesteps[self.step]
+        timestep: torch.Tensor = self.scheduler.timesteps[self.first_step + self.step]
         return timestep
 
     @property
+    def sigma(self) -> torch.Tensor:
+        sigma: torch.Tensor = self.scheduler.sigmas[self.first_step + self.step]
+        return sigma
+
+    @property
     def num_steps(self) -> int:
-        return len(self.scheduler.timesteps)
+        return len(self.scheduler.timesteps) - self.first_step
 
 
 class Model(ABC):
@@ -96,19 +118,29 @@ class Model(ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that no request needs: they may be missing, and are not loaded."""
 
-    def __init__(self, pipe: DiffusionPipeline, mesh: Mesh, device: torch.device, *, use_tiling: bool = False) -> None:
-        """`pipe` holds this rank's parts; those that it does not need are None."""
+    def __init__(
+        self, pipe: DiffusionPipeline, vae: nn.Module, mesh: Mesh, device: torch.device, *, use_tiling: bool = False
+    ) -> None:
+        """`pipe` and `vae` hold this rank's parts: the VAE of a rank that takes no part in it is without weights."""
+        from darkroom.parallel.spatial import PatchDecoder, SharedEncoder
+
         self.pipe: Any = pipe
+        self.vae: Any = vae
         self.mesh = mesh
         self.device = device
         self.use_tiling = use_tiling
-        self.patches = self._patch_decoder()
+        self.patches = PatchDecoder(vae, self.components["vae"].plan, mesh.vae) if mesh.vae else None
+        tiling = self.tiling() if use_tiling else None
+        self.pipe.vae = self.encoder = SharedEncoder(vae, mesh, device, self.vae.dtype, tiling)
 
-    def _patch_decoder(self) -> PatchDecoder | None:
-        """The VAE ready to decode this rank's rows; None where the rank takes no part."""
-        from darkroom.parallel.spatial import PatchDecoder
+    @classmethod
+    def processors(cls, folder: Path) -> dict[str, Any]:
+        """Parts of the pipeline that it cannot load by itself."""
+        return {}
 
-        return PatchDecoder(self.pipe.vae, self.components["vae"].plan, self.mesh.vae) if self.mesh.vae else None
+    @abstractmethod
+    def tiling(self) -> Tiling:
+        """The tiles that the stock VAE works in where it is told to."""
 
     @abstractmethod
     def prepare(self, request: Request) -> Sample:
@@ -124,25 +156,35 @@ class Model(ABC):
 
     @abstractmethod
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """Latents of samples of one size -> pictures [B, 3, H, W] in [-1, 1], on the output rank; None elsewhere."""
+        """Latents of samples of one size -> pictures in [-1, 1], on the output rank; None elsewhere.
 
-    def spread_decode(
-        self, z: torch.Tensor, decode: Decode, decode_tile: Decode, tiling: Tiling
-    ) -> torch.Tensor | None:
+        [B, 3, H, W], or with what else a sample's pictures are: frames, layers, an alpha channel.
+        """
+
+    def prompts(self, request: Request) -> list[str]:
+        """The texts of the guidance branches, the conditional first."""
+        guided = request.guidance_scale > self.capabilities.no_guidance
+        return [request.prompt, request.negative_prompt] if guided else [request.prompt]
+
+    def spread_decode(self, z: torch.Tensor, decode: Decode, decode_tile: Decode) -> torch.Tensor | None:
         """The VAE's own `decode` over the ranks that take part: by rows, or by tiles where tiling is asked for.
 
         The picture on the output rank, None on the others.
         """
-        from darkroom.parallel.spatial import decode_tiles
+        from darkroom.parallel.spatial import map_tiles
 
         if self.patches is None or self.mesh.vae is None:
             return None
+        tiling = self.tiling()
         if self.use_tiling and tiling.applies(*z.shape[-2:]):
-            return decode_tiles(z, decode_tile, tiling, self.mesh.vae)
+            return map_tiles(z, decode_tile, tiling, self.mesh.vae)
         return self.patches.decode(z, decode)
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
-        """[B, 3, H, W] in [-1, 1] -> PIL pictures, rounded as the stock pipeline does."""
+        """One sample's part of what `decode` gave, [1, 3, H, W] -> its pictures, rounded as the stock pipeline does.
+
+        One for most models, the frames of a video, the layers of a layered picture.
+        """
         images: list[Image.Image] = self.pipe.image_processor.postprocess(decoded, output_type="pil")
         return images
 
@@ -152,11 +194,20 @@ class Model(ABC):
             sample.estimate = self.clean_estimate(sample, prediction)
         sample.latents = sample.scheduler.step(prediction, sample.timestep, sample.latents, return_dict=False)[0]
         sample.step += 1
+        if sample.kept:
+            sample.latents = self._keep(sample, sample.kept)
+
+    def _keep(self, sample: Sample, kept: Kept) -> torch.Tensor:
+        """Put back what stays of the picture, as noisy as the rest of it is by now."""
+        known = kept.latents
+        if sample.step < sample.num_steps:
+            known = sample.scheduler.scale_noise(known, sample.timestep[None], kept.noise)
+        return (1 - kept.mask) * known + kept.mask * sample.latents
 
     def clean_estimate(self, sample: Sample, prediction: torch.Tensor) -> torch.Tensor:
         """x0 under flow matching (https://arxiv.org/abs/2210.02747): x_t = (1 - sigma) x0 + sigma noise, and the
         prediction is noise - x0."""
-        estimate: torch.Tensor = sample.latents - sample.scheduler.sigmas[sample.step] * prediction
+        estimate: torch.Tensor = sample.latents - sample.sigma * prediction
         return estimate.to(sample.latents.dtype)
 
     def new_scheduler(self) -> Any:
@@ -173,3 +224,10 @@ class Model(ABC):
         scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=image_tokens * slope + (base - slope * low))
         scheduler.set_begin_index(0)
         return scheduler
+
+
+def noise_generator(request: Request) -> torch.Generator:
+    """On the CPU: the same seed gives the same picture on any device."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(request.seed)

@@ -29,15 +29,16 @@ logger = logging.getLogger(__name__)
 
 def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Model:
     """This rank's `Model`. Raises `ConfigError` for a checkpoint that does not fit, ValueError for a wrong plan."""
-    parts: dict[str, nn.Module | None] = dict.fromkeys(checkpoint.family.unused)
-    for name, component in checkpoint.family.components.items():
+    family = checkpoint.family
+    parts: dict[str, Any] = {**dict.fromkeys(family.unused), **family.processors(checkpoint.folder)}
+    for name, component in family.components.items():
         axis = _axis(component, mesh)
-        parts[name] = _component(checkpoint, name, axis, device, dtype) if axis else None
-    _spread_attention(parts["transformer"], checkpoint.family.components["transformer"], config, mesh)
+        parts[name] = _component(checkpoint, name, axis, device, dtype) if axis else _absent(checkpoint, name, dtype)
+    _spread_attention(parts["transformer"], family.components["transformer"], config, mesh)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not of the class it expects
     pipe = DiffusionPipeline.from_pretrained(checkpoint.folder, local_files_only=True, **parts)
-    return checkpoint.family(pipe, mesh, device, use_tiling=config.vae_use_tiling)
+    return family(pipe, parts["vae"], mesh, device, use_tiling=config.vae_use_tiling)
 
 
 def _axis(component: Component, mesh: Mesh) -> Axis | None:
@@ -59,6 +60,12 @@ def _component(checkpoint: Checkpoint, name: str, axis: Axis, device: torch.devi
     module.to(device)  # buffers that are computed, not stored
     logger.debug("%s: read %d numbers, holds %d", name, report.elements_read, report.elements_held)
     return module
+
+
+def _absent(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Module:
+    """What a rank has of a component that other ranks hold: its config, and no memory."""
+    component = checkpoint.family.components[name]
+    return _empty(component, checkpoint.folder / name, checkpoint.configs[name]).to("meta", dtype)
 
 
 def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.Module:

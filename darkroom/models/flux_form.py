@@ -24,11 +24,13 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
-from .autoencoder_kl import decode_latents
-from .base import Model, Sample
+from .autoencoder_kl import decode_latents, tiling
+from .base import Model, Sample, noise_generator
 
 if TYPE_CHECKING:
     import torch
+
+    from darkroom.parallel.spatial import Tiling
 
 _DUAL, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 _HEADS = Heads("num_attention_heads")
@@ -71,13 +73,14 @@ class FluxForm(Model):
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """-> hidden states [1, T, width] and their positions [T, 3]"""
 
+    def tiling(self) -> Tiling:
+        return tiling(self.vae)
+
     def prepare(self, request: Request) -> Sample:
         import numpy as np
-        import torch
 
         pipe, window, steps = self.pipe, request.max_sequence_length, request.num_inference_steps
-        prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
-        texts = [self.encode(prompt, window) for prompt in prompts]
+        texts = [self.encode(prompt, window) for prompt in self.prompts(request)]
         latents, img_ids = pipe.prepare_latents(
             1,
             pipe.transformer.config.in_channels // 4,
@@ -85,7 +88,7 @@ class FluxForm(Model):
             request.width,
             texts[0][0].dtype,
             self.device,
-            torch.Generator("cpu").manual_seed(request.seed),
+            noise_generator(request),
         )
         return Sample(
             request=request,

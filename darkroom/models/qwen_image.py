@@ -18,11 +18,14 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
-from .base import Component, Model, Sample
+from .base import Component, Model, Sample, noise_generator
+from .from_picture import Start, start_from_picture
 from .text_encoders import QWEN2_5_VL
 
 if TYPE_CHECKING:
     import torch
+
+    from darkroom.parallel.spatial import Tiling
 
 _BLOCK = "transformer_blocks.*"
 _HEADS = Heads("num_attention_heads")
@@ -49,10 +52,11 @@ TRANSFORMER = Plan(
 
 
 class QwenImage(Model):
-    pipelines = ("QwenImagePipeline",)
+    pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     capabilities = Capabilities(
         family="Qwen-Image",
-        tasks=("text-to-image",),
+        tasks=("text-to-image", "image-to-image", "inpaint"),
+        max_images=1,
         size_multiple=16,
         min_edge=64,
         max_pixels=4096 * 4096,
@@ -86,37 +90,59 @@ class QwenImage(Model):
         ),
     }
 
-    def prepare(self, request: Request) -> Sample:
-        import numpy as np
+    def tiling(self) -> Tiling:
+        return tiling(self.vae)
 
-        prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
-        branches = [self._encode(prompt, request.max_sequence_length) for prompt in prompts]
-        embeds = branches[0]["encoder_hidden_states"]
-        latents = self._noise(request, embeds.dtype)
-        steps = request.num_inference_steps
+    def prepare(self, request: Request) -> Sample:
+        branches = [self._encode(request, prompt) for prompt in self.prompts(request)]
+        dtype = branches[0]["encoder_hidden_states"].dtype
+        scheduler = self._schedule(request)
+        start = start_from_picture(self, request, scheduler, dtype) if request.images else self._noise(request, dtype)
         return Sample(
             request=request,
-            latents=latents,
-            scheduler=self.shifted_scheduler(np.linspace(1.0, 1 / steps, steps), latents.shape[1]),
+            latents=start.latents,
+            first_step=start.first_step,
+            kept=start.kept,
+            scheduler=scheduler,
             branches=branches,
-            text_tokens=embeds.shape[1],
-            image_tokens=latents.shape[1],
+            text_tokens=branches[0]["encoder_hidden_states"].shape[1],
+            image_tokens=start.latents.shape[1],
         )
 
-    def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
-        embeds, _ = self.pipe.encode_prompt(prompt=prompt, device=self.device, max_sequence_length=max_sequence_length)
+    def _encode(self, request: Request, prompt: str) -> dict[str, Any]:
+        embeds, _ = self.pipe.encode_prompt(
+            prompt=prompt, device=self.device, max_sequence_length=request.max_sequence_length
+        )
         return {"encoder_hidden_states": embeds}  # one prompt has no padding, hence no mask
 
-    def _noise(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
-        """[1, S, 4 C], drawn on the CPU: the same seed gives the same picture on any device."""
-        import torch
+    def _schedule(self, request: Request) -> Any:
+        import numpy as np
 
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        channels = self.pipe.transformer.config.in_channels // 4
-        noise: torch.Tensor = self.pipe.prepare_latents(
-            1, channels, request.height, request.width, dtype, self.device, generator
+        steps, patch = request.num_inference_steps, self.pipe.vae_scale_factor * 2
+        tokens = (request.height // patch) * (request.width // patch)
+        return self.shifted_scheduler(np.linspace(1.0, 1 / steps, steps), tokens)
+
+    def _noise(self, request: Request, dtype: torch.dtype) -> Start:
+        noise = self.pipe.prepare_latents(
+            1, self._channels, request.height, request.width, dtype, self.device, noise_generator(request)
         )
-        return noise
+        return Start(latents=noise)
+
+    @property
+    def _channels(self) -> int:
+        channels: int = self.pipe.transformer.config.in_channels // 4
+        return channels
+
+    def encode_picture(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """[1, 3, H, W] -> normalised latents [1, C, h, w]"""
+        latents: torch.Tensor = self.encoder.encode(picture[:, :, None]).latent_dist.sample(generator)
+        mean, std = self._statistics(latents)
+        return ((latents - mean) * (1.0 / std))[:, :, 0]
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """[1, C, h, w] -> [1, S, 4 C]"""
+        packed: torch.Tensor = self.pipe._pack_latents(latents, *latents.shape)
+        return packed
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         import torch
@@ -144,36 +170,46 @@ class QwenImage(Model):
         return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        from darkroom.parallel.spatial import Tiling
-
-        if (vae := self.pipe.vae) is None:
-            return None
-        tiling = Tiling(
-            tile=(vae.tile_sample_min_height, vae.tile_sample_min_width),
-            stride=(vae.tile_sample_stride_height, vae.tile_sample_stride_width),
-            scale=vae.spatial_compression_ratio,
-        )
-        z = self._denormalise(samples[0].request, latents)
-        decoded = self.spread_decode(z, lambda x: vae.decode(x, return_dict=False)[0], self._decode_tile, tiling)
-        return None if decoded is None else decoded[:, :, 0]
-
-    def _denormalise(self, request: Request, latents: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Packed latents [1, S, 4 C] each -> what the VAE decodes: [B, C, 1, h, w]"""
         import torch
 
-        pipe, config = self.pipe, self.pipe.vae.config
-        z: torch.Tensor = pipe._unpack_latents(
-            torch.cat(list(latents)), request.height, request.width, pipe.vae_scale_factor
-        ).to(pipe.vae.dtype)
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1).to(z) for x in (config.latents_mean, config.latents_std))
-        return z / (1.0 / std) + mean  # in bfloat16 every other order rounds to another picture than stock's
+        request, pipe = samples[0].request, self.pipe
+        packed = torch.cat(list(latents))
+        z = pipe._unpack_latents(packed, request.height, request.width, pipe.vae_scale_factor)
+        decoded = self._decode(z)
+        return None if decoded is None else decoded[:, :, 0]
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """Normalised latents [B, C, 1, h, w] -> [B, 3, 1, H, W]"""
+        z = latents.to(self.vae.dtype)
+        mean, std = self._statistics(z)
+        z = z / (1.0 / std) + mean  # in bfloat16 every other order rounds to another picture than stock's
+        return self.spread_decode(z, lambda x: self.vae.decode(x, return_dict=False)[0], self._decode_tile)
+
+    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents, by channel: [1, C, 1, 1, 1] each"""
+        import torch
+
+        config = self.vae.config
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1).to(like) for x in (config.latents_mean, config.latents_std))
+        return mean, std
 
     def _decode_tile(self, z: torch.Tensor) -> torch.Tensor:
         """One tile of one frame, as the stock tiled decode does it: [B, C, 1, h, w] -> [B, 3, 1, H, W], not clamped."""
-        vae = self.pipe.vae
+        vae = self.vae
         vae.clear_cache()
         tile: torch.Tensor = vae.decoder(vae.post_quant_conv(z), feat_cache=vae._feat_map, feat_idx=[0])
         return tile
+
+
+def tiling(vae: Any) -> Tiling:
+    """The tiles of a causal VAE: that of Qwen-Image, or Wan's."""
+    from darkroom.parallel.spatial import Tiling
+
+    return Tiling(
+        tile=(vae.tile_sample_min_height, vae.tile_sample_min_width),
+        stride=(vae.tile_sample_stride_height, vae.tile_sample_stride_width),
+        scale=vae.spatial_compression_ratio,
+    )
 
 
 def _pad(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -29,8 +29,9 @@ QWEN2_5_VL = Component(  # the vision tower and the vocabulary's logits are not 
     plan=DECODER,
     ranks="world",
     section="text_config",
-    prefixes=("model.language_model.", "model."),
-    leave_out=("model.visual.",),
+    nested=("text_config",),
+    prefixes={"model.language_model.": "", "model.": ""},
+    leave_out=("model.visual.", "visual.", "lm_head."),
 )
 
 QWEN3 = Component(
@@ -38,6 +39,6 @@ QWEN3 = Component(
     name="Qwen3Model",
     plan=DECODER,
     ranks="world",
-    prefixes=("model.", ""),
+    prefixes={"model.": "", "": ""},
     leave_out=("lm_head.",),
 )

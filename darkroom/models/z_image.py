@@ -20,12 +20,15 @@ from darkroom.parallel.plan import (
     SequenceRule,
 )
 
-from .autoencoder_kl import VAE, decode_latents
-from .base import Component, Model, Sample
+from .autoencoder_kl import VAE, decode_latents, encode_picture, tiling
+from .base import Component, Model, Sample, noise_generator
+from .from_picture import Start, start_from_picture
 from .text_encoders import QWEN3
 
 if TYPE_CHECKING:
     import torch
+
+    from darkroom.parallel.spatial import Tiling
 
 _HEADS = Heads("n_heads")
 _TOKENS = SequenceParallelInput(split_dim=1, expected_dims=3, stream=True)
@@ -57,10 +60,11 @@ TRANSFORMER = Plan(
 
 
 class ZImage(Model):
-    pipelines = ("ZImagePipeline",)
+    pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
     capabilities = Capabilities(
         family="Z-Image",
-        tasks=("text-to-image",),
+        tasks=("text-to-image", "image-to-image", "inpaint"),
+        max_images=1,
         size_multiple=16,
         min_edge=64,
         max_pixels=2048 * 2048,
@@ -71,6 +75,7 @@ class ZImage(Model):
         quality_steps={"low": 6, "medium": 8, "high": 9},
         guidance_parameter="guidance_scale",
         guidance_scale=0.0,
+        no_guidance=0.0,
         max_guidance=100.0,
         negative_prompt="",
         max_sequence_length=512,
@@ -89,18 +94,24 @@ class ZImage(Model):
         "vae": VAE,
     }
 
+    def tiling(self) -> Tiling:
+        return tiling(self.vae)
+
     def prepare(self, request: Request) -> Sample:
         from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
-        prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
-        branches = [self._encode(prompt, request.max_sequence_length) for prompt in prompts]
-        latents = self._noise(request)
-        image_tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
-        sigmas = get_default_z_image_sigmas(request.num_inference_steps)
+        branches = [self._encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)]
+        patch = self.pipe.vae_scale_factor * 2
+        image_tokens = (request.height // patch) * (request.width // patch)
+        scheduler = self.shifted_scheduler(get_default_z_image_sigmas(request.num_inference_steps), image_tokens)
+        dtype = branches[0]["cap_feats"].dtype
+        start = start_from_picture(self, request, scheduler, dtype) if request.images else self._noise(request)
         return Sample(
             request=request,
-            latents=latents,
-            scheduler=self.shifted_scheduler(sigmas, image_tokens),
+            latents=start.latents,
+            first_step=start.first_step,
+            kept=start.kept,
+            scheduler=scheduler,
             branches=branches,
             text_tokens=len(branches[0]["cap_feats"]),
             image_tokens=image_tokens,
@@ -112,21 +123,26 @@ class ZImage(Model):
         )
         return {"cap_feats": embeds}
 
-    def _noise(self, request: Request) -> torch.Tensor:
+    def _noise(self, request: Request) -> Start:
         """[1, C, h, w] in fp32, which the latents stay in whatever the model computes in."""
         import torch
 
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        noise: torch.Tensor = self.pipe.prepare_latents(
+        noise = self.pipe.prepare_latents(
             1,
             self.pipe.transformer.in_channels,
             request.height,
             request.width,
             torch.float32,
             self.device,
-            generator,
+            noise_generator(request),
         )
-        return noise
+        return Start(latents=noise)
+
+    def encode_picture(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return encode_picture(self, picture, generator)
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         """The model predicts the data's side of the velocity at time 1 - sigma: negated, it is the scheduler's."""

@@ -44,6 +44,19 @@ class Axis:
         dist.all_gather(parts, x, group=self.group)
         return parts
 
+    def broadcast(self, x: torch.Tensor | None, source: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Rank `source`'s tensor on every rank. The others pass None, and need not know its shape: at most 6 dims."""
+        if self.size == 1:
+            assert x is not None
+            return x
+        shape = list(x.shape) if x is not None else []
+        sizes = torch.tensor([len(shape), *shape, *[0] * (6 - len(shape))], device=device)
+        dist.broadcast(sizes, self.ranks[source], group=self.group)
+        ndim, *shape = sizes.tolist()
+        out = torch.empty(shape[:ndim], device=device, dtype=dtype) if x is None else x.contiguous()
+        dist.broadcast(out, self.ranks[source], group=self.group)
+        return out
+
     def all_to_all(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
         """Rows to and from every rank i, `send[i]` and `receive[i]` of them: [sum(send), ...] -> [sum(receive), ...]"""
         out = x.new_empty((sum(receive), *x.shape[1:]))
@@ -90,6 +103,7 @@ class Mesh:
         )
         self.sequence = self._axis("sequence", _lines(grid, (names.index("ring"), names.index("ulysses"))))
         self.world = self._axis("world", [list(range(self.size))])
+        self.vae_size = config.vae_size
         self.vae = self._vae_axis(config.vae_size)
 
     def connect(self, device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""One VAE decode spread over the ranks of an axis, by rows or by tiles. Knows no model by name.
+"""One VAE's work spread over the ranks of an axis, by rows, by tiles or by pictures. Knows no model by name.
 
 `PatchDecoder` gives every rank some rows of the picture and is exact: it equals one device that does not tile.
-`decode_tiles` gives every rank some tiles and is bit-identical to one device that does, in stock `tiled_decode`.
+`map_tiles` gives every rank some tiles and is bit-identical to one device that does, in stock `tiled_decode` and
+`tiled_encode`. `SharedEncoder` gives every rank some pictures or tiles to encode, and all ranks what came of them.
 
     B batch   C channels   F frames   h w latent rows and columns   H W rows and columns of the picture
 
@@ -15,16 +16,19 @@ combining variances: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Alg
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
-from darkroom.parallel.mesh import Axis
+from darkroom.parallel.mesh import Axis, Mesh
 from darkroom.parallel.plan import Plan, chunk_sizes, matches
 
 # ---- by rows -----------------------------------------------------------------------------------------------------
@@ -211,13 +215,15 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Overlapping tiles, in rows and columns of what the decoder returns (before any unpatchify)."""
+    """Overlapping tiles, in rows and columns of the picture (for some VAEs before any unpatchify)."""
 
     tile: tuple[int, int]
     stride: tuple[int, int]
     """From one tile to the next; what is left of the tile overlaps."""
     scale: int
     """H / h, and W / w."""
+    encodes: bool = False
+    """From the picture to latents, and not from latents to the picture."""
 
     def __post_init__(self) -> None:
         for tile, stride in zip(self.tile, self.stride, strict=True):
@@ -228,42 +234,66 @@ class Tiling:
                 )
 
     def applies(self, height: int, width: int) -> bool:
-        """Whether stock decodes latents of this size in tiles."""
-        return height * self.scale > self.tile[0] or width * self.scale > self.tile[1]
+        """Whether stock works in tiles on an input of this size."""
+        (tall, wide), _ = self._of_input()
+        return height > tall or width > wide
 
     def boxes(self, height: int, width: int) -> list[list[Box]]:
-        """The tiles of latents of this size, row by row as stock does; those at the bottom and right are smaller."""
-        (tall, wide), (down, right) = ((n // self.scale, m // self.scale) for n, m in (self.tile, self.stride))
+        """The tiles of an input of this size, row by row as stock does; those at the bottom and right are smaller."""
+        (tall, wide), (down, right) = self._of_input()
         return [
             [Box(y, x, min(tall, height - y), min(wide, width - x)) for x in range(0, width, right)]
             for y in range(0, height, down)
         ]
 
+    def output(self, box: Box) -> tuple[int, int]:
+        """How many rows and columns become of a tile."""
+        if self.encodes:
+            return box.height // self.scale, box.width // self.scale
+        return box.height * self.scale, box.width * self.scale
 
-def decode_tiles(latents: Tensor, decode_tile: Callable[[Tensor], Tensor], tiling: Tiling, axis: Axis) -> Tensor | None:
-    """The whole picture, without a final clamp, on rank 0, and None on the others. `latents` are whole on every rank.
+    @property
+    def output_tile(self) -> tuple[int, int]:
+        return self._scaled(self.tile) if self.encodes else self.tile
 
-    `decode_tile` decodes latents [..., h, w] to a picture [..., h x scale, w x scale], by itself and from scratch.
+    @property
+    def output_stride(self) -> tuple[int, int]:
+        return self._scaled(self.stride) if self.encodes else self.stride
+
+    def _of_input(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        if self.encodes:
+            return self.tile, self.stride
+        return self._scaled(self.tile), self._scaled(self.stride)
+
+    def _scaled(self, lengths: tuple[int, int]) -> tuple[int, int]:
+        return lengths[0] // self.scale, lengths[1] // self.scale
+
+
+def map_tiles(x: Tensor, function: Callable[[Tensor], Tensor], tiling: Tiling, axis: Axis) -> Tensor | None:
+    """The whole result, without a final clamp, on rank 0, and None on the others. `x` is whole on every rank.
+
+    `function` decodes (or encodes) one tile, by itself and from scratch: [..., h, w] to [..., h x scale, w x scale]
+    (or the other way).
     """
-    grid = tiling.boxes(*latents.shape[-2:])
+    grid = tiling.boxes(*x.shape[-2:])
     boxes = [box for row in grid for box in row]
     owners = dict(zip(boxes, share_out([box.height * box.width for box in boxes], axis.size), strict=True))
-    tiles = {box: _decode(latents, decode_tile, box, tiling.scale) for box in boxes if owners[box] == axis.rank}
+    tiles = {box: _one_tile(x, function, box, tiling) for box in boxes if owners[box] == axis.rank}
     if axis.rank > 0:
         _wait(axis.start_exchange([(tile.contiguous(), 0) for tile in tiles.values()], []))
         return None
     mine = next(iter(tiles.values()))  # the others' tiles have its batch, channels and frames
     for box in boxes:
         if owners[box] > 0:
-            tiles[box] = mine.new_empty((*mine.shape[:-2], box.height * tiling.scale, box.width * tiling.scale))
+            tiles[box] = mine.new_empty((*mine.shape[:-2], *tiling.output(box)))
     _wait(axis.start_exchange([], [(tiles[box], owners[box]) for box in boxes if owners[box] > 0]))
     return blend([[tiles[box] for box in row] for row in grid], tiling)
 
 
-def _decode(latents: Tensor, decode_tile: Callable[[Tensor], Tensor], box: Box, scale: int) -> Tensor:
-    tile = decode_tile(box.of(latents))
-    if tile.shape[-2:] != (box.height * scale, box.width * scale):
-        raise ValueError(f"a tile of {box.height} x {box.width} latents became {tuple(tile.shape)}, not x {scale}")
+def _one_tile(x: Tensor, function: Callable[[Tensor], Tensor], box: Box, tiling: Tiling) -> Tensor:
+    tile = function(box.of(x))
+    if tile.shape[-2:] != tiling.output(box):
+        raise ValueError(f"a tile of {box.height} x {box.width} became {tuple(tile.shape)}, not {tiling.output(box)}")
     return tile
 
 
@@ -284,14 +314,14 @@ def share_out(areas: Sequence[int], size: int) -> list[int]:
 
 def blend(tiles: Sequence[Sequence[Tensor]], tiling: Tiling) -> Tensor:
     """Put the tiles together. Changes them: as in stock, a tile fades in from finished tiles above and to the left."""
-    down, right = (tile - stride for tile, stride in zip(tiling.tile, tiling.stride, strict=True))
+    down, right = (tile - stride for tile, stride in zip(tiling.output_tile, tiling.output_stride, strict=True))
     for i, row in enumerate(tiles):
         for j, tile in enumerate(row):
             if i > 0:
                 _fade(tiles[i - 1][j], tile, down, -2)
             if j > 0:
                 _fade(row[j - 1], tile, right, -1)
-    height, width = tiling.stride
+    height, width = tiling.output_stride
     return torch.cat([torch.cat([tile[..., :height, :width] for tile in row], -1) for row in tiles], -2)
 
 
@@ -313,3 +343,65 @@ def _fade(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
 def _wait(works: Sequence[dist.Work]) -> None:
     for work in works:
         work.wait()
+
+
+# ---- by pictures -------------------------------------------------------------------------------------------------
+
+
+class SharedEncoder(nn.Module):  # type: ignore[misc]
+    """What stands for the VAE in the pipelines' helpers, on every rank: its config, and an `encode` shared by all.
+
+    The ranks that hold the VAE encode, each some of the pictures that `ahead` announces, or some tiles of a picture;
+    every rank then gets the parameters of the latents' distribution, and so draws the same sample from it.
+    """
+
+    def __init__(
+        self, vae: nn.Module, mesh: Mesh, device: torch.device, dtype: torch.dtype, tiling: Tiling | None = None
+    ) -> None:
+        """`vae` may be on the meta device on ranks without a part in `mesh.vae`. Without `tiling`: pictures whole."""
+        super().__init__()
+        self._vae: list[Any] = [vae]  # in a list it is no child: what moves or counts modules must not find it twice
+        self.mesh = mesh
+        self.device, self.dtype = device, dtype
+        self.tiling = replace(tiling, encodes=True) if tiling else None
+        self._encoded: list[Tensor] = []
+
+    @property
+    def config(self) -> Any:
+        return self._vae[0].config
+
+    def encode(self, x: Tensor) -> AutoencoderKLOutput:
+        """The stock VAE's `encode`. x: [B, C, (F,) H, W], the same on all ranks."""
+        moments = self._encoded.pop(0) if self._encoded else self._share([x])[0]
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
+
+    @contextmanager
+    def ahead(self, pictures: Sequence[Tensor]) -> Iterator[None]:
+        """Encode `pictures` at once, one per rank: inside, `encode` gives them in their order, one by one."""
+        self._encoded = self._share(pictures)
+        try:
+            yield
+            assert not self._encoded, "fewer pictures were asked for than were announced"
+        finally:
+            self._encoded = []
+
+    def _share(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        pictures = [x.to(self.device, self.dtype) for x in pictures]
+        if any(self._in_tiles(x) for x in pictures):
+            return [self._give(self._tiles(x) if self._in_tiles(x) else self._whole(x, 0), 0) for x in pictures]
+        size = min(self.mesh.vae_size, len(pictures))
+        mine = [self._whole(x, i % size) for i, x in enumerate(pictures)]
+        return [self._give(moments, i % size) for i, moments in enumerate(mine)]
+
+    def _in_tiles(self, x: Tensor) -> bool:
+        return self.tiling is not None and self.tiling.applies(*x.shape[-2:])
+
+    def _tiles(self, x: Tensor) -> Tensor | None:
+        assert self.tiling is not None
+        return map_tiles(x, self._vae[0]._encode, self.tiling, self.mesh.vae) if self.mesh.vae else None
+
+    def _whole(self, x: Tensor, owner: int) -> Tensor | None:
+        return self._vae[0]._encode(x) if self.mesh.rank == owner else None
+
+    def _give(self, moments: Tensor | None, owner: int) -> Tensor:
+        return self.mesh.world.broadcast(moments, owner, self.device, self.dtype)

@@ -210,7 +210,7 @@ async def _answer(events: Events, look: Look) -> Response:
     pictures = [finished[index] for index in sorted(finished)]
     answer = ImagesResponse(
         created=int(time.time()),
-        data=[Image(b64_json=await _base64(picture.image), seed=picture.seed) for picture in pictures],
+        data=[Image(b64_json=await _base64(file), seed=picture.seed) for picture in pictures for file in picture.files],
         usage=Usage.of(pictures[0].text_tokens, sum(picture.image_tokens for picture in pictures)),
         **vars(look),
     )
@@ -225,16 +225,21 @@ async def _stream(events: Events, look: Look) -> AsyncGenerator[bytes, None]:
             if isinstance(event, Progress):
                 yield b""
                 continue
-            data: dict[str, object] = {"b64_json": await _base64(event.image), "created_at": int(time.time())}
-            data |= vars(look)
             if isinstance(event, Preview):
-                data |= {"partial_image_index": event.index, "image_index": index}
-                yield encode_event("image_generation.partial_image", data)
-            else:
-                usage = Usage.of(0 if counted else event.text_tokens, event.image_tokens)
+                place = {"partial_image_index": event.index, "image_index": index}
+                yield encode_event("image_generation.partial_image", await _picture(event.image, look) | place)
+                continue
+            for file in event.files:
+                usage = Usage.of(
+                    0 if counted else event.text_tokens, event.image_tokens if file is event.files[0] else 0
+                )
                 counted = True
-                data |= {"usage": usage, "image_index": index, "seed": event.seed}
-                yield encode_event("image_generation.completed", data)
+                ended = {"usage": usage, "image_index": index, "seed": event.seed}
+                yield encode_event("image_generation.completed", await _picture(file, look) | ended)
+
+
+async def _picture(file: bytes, look: Look) -> dict[str, object]:
+    return {"b64_json": await _base64(file), "created_at": int(time.time()), **vars(look)}
 
 
 async def _base64(image: bytes) -> msgspec.Raw:

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from darkroom.configs import Capabilities, Request, RequestError, SamplingParams
+from tests.golden import picture_file
 
 CAPABILITIES = Capabilities(
     family="A family",
@@ -38,9 +39,9 @@ def resolve(prompt: str = "a cat", **params: Any) -> Request:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [(None, (256, 128)), ("auto", (256, 128)), ("64x512", (64, 512)), ("1x99999", (1, 99999))],
+    [(None, (None, None)), ("auto", (None, None)), ("64x512", (64, 512)), ("1x99999", (1, 99999))],
 )
-def test_a_size_is_read(size: str | None, expected: tuple[int, int]) -> None:
+def test_a_size_is_read(size: str | None, expected: tuple[int | None, int | None]) -> None:
     assert CAPABILITIES.parse_size(size) == expected
 
 
@@ -187,3 +188,97 @@ def test_a_checkpoint_may_override_any_field() -> None:
 def test_an_override_is_checked(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CAPABILITIES.override(values)
+
+
+# ---- pictures that come with a request -----------------------------------------------------------------------------
+
+WIDE, TALL = picture_file(160, 80), picture_file(70, 150)
+DRAWS_OVER = CAPABILITIES.override({"tasks": ("text-to-image", "image-to-image", "inpaint"), "max_images": 1})
+EDITS = CAPABILITIES.override({"tasks": ("edit",), "max_images": 3, "image_area": 128 * 128})
+LAYERS = CAPABILITIES.override(
+    {"tasks": ("layered",), "max_images": 1, "image_area": 128 * 128, "layers": 4, "max_layers": 8}
+)
+FILMS = CAPABILITIES.override(
+    {"tasks": ("text-to-video",), "num_frames": 81, "frame_multiple": 4, "max_frames": 121, "fps": 16}
+)
+
+
+def test_what_a_request_brings_says_what_is_done() -> None:
+    def task(capabilities: Capabilities, **params: Any) -> str:
+        return capabilities.resolve("a cat", SamplingParams(**params)).task
+
+    assert task(DRAWS_OVER) == "text-to-image"
+    assert task(DRAWS_OVER, images=(WIDE,)) == "image-to-image"
+    assert task(DRAWS_OVER, images=(WIDE,), mask=WIDE) == "inpaint"
+    assert task(EDITS, images=(WIDE, TALL)) == "edit"
+    assert task(LAYERS, images=(WIDE,)) == "layered"
+    assert task(FILMS) == "text-to-video"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "image", "size"),
+    [
+        (DRAWS_OVER, WIDE, (160, 80)),  # as it is
+        (DRAWS_OVER, TALL, (64, 144)),  # to what the model can do
+        (DRAWS_OVER.override({"image_area": 128 * 128}), picture_file(1024, 512), (192, 96)),  # too large as it is
+        (EDITS, WIDE, (192, 96)),  # of the area, as the stock pipelines round it
+        (EDITS, TALL, (96, 192)),
+    ],
+)
+def test_a_size_that_is_not_asked_for_comes_from_the_first_picture(
+    capabilities: Capabilities, image: bytes, size: tuple[int, int]
+) -> None:
+    wanted = capabilities.resolve("a cat", SamplingParams(images=(image,)))
+    assert (wanted.width, wanted.height) == size
+    wanted = capabilities.resolve("a cat", SamplingParams(images=(image,), width=64, height=96))
+    assert (wanted.width, wanted.height) == (64, 96)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "params", "param", "message"),
+    [
+        (CAPABILITIES, {"images": (WIDE,)}, "image", "1 pictures were sent; A family takes none"),
+        (EDITS, {"images": (WIDE,) * 4}, "image", "4 pictures were sent; A family takes at most 3"),
+        (EDITS, {}, "image", "A family needs a picture to begin with"),
+        (EDITS, {"images": (WIDE,), "mask": WIDE}, "mask", "takes no mask"),
+        (EDITS, {"images": (b"hello",)}, "image", "'image' is no PNG, JPEG or WebP file"),
+        (DRAWS_OVER, {"mask": WIDE}, "mask", "'mask' needs an 'image'"),
+        (DRAWS_OVER, {"images": (WIDE,), "mask": TALL}, "mask", "The mask has 70x150 pixels, and its picture 160x80"),
+        (DRAWS_OVER, {"images": (WIDE,), "strength": 0.0}, "strength", "Invalid strength 0: expected more than 0"),
+        (DRAWS_OVER, {"images": (WIDE,), "strength": 1.5}, "strength", "Invalid strength 1.5"),
+        (DRAWS_OVER, {"images": (WIDE,), "strength": float("nan")}, "strength", "Invalid strength nan"),
+        (DRAWS_OVER, {"strength": 0.5}, "strength", "for this request A family draws from noise"),
+        (DRAWS_OVER, {"layers": 2}, "layers", "makes pictures without layers"),
+        (LAYERS, {"images": (WIDE,), "layers": 9}, "layers", "Invalid layers 9: expected 1 to 8"),
+        (LAYERS, {"images": (WIDE,), "layers": 0}, "layers", "Invalid layers 0: expected 1 to 8"),
+        (CAPABILITIES, {"num_frames": 5}, "num_frames", "makes pictures, not videos"),
+        (CAPABILITIES, {"fps": 5}, "fps", "makes pictures, not videos"),
+        (FILMS, {"num_frames": 80}, "num_frames", "such as 77 or 81"),
+        (FILMS, {"num_frames": 125}, "num_frames", "expected 1 to 121"),
+        (FILMS, {"fps": 0}, "fps", "expected 1 to 60"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(
+    capabilities: Capabilities, params: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        capabilities.resolve("a cat", SamplingParams(**params))
+    assert caught.value.param == param
+
+
+def test_defaults_of_what_comes_with_a_request() -> None:
+    over = DRAWS_OVER.resolve("a cat", SamplingParams(images=(WIDE,)))
+    assert (over.strength, over.first_step) == (0.6, 20)
+    masked = DRAWS_OVER.resolve("a cat", SamplingParams(images=(WIDE,), mask=WIDE))
+    assert (masked.strength, masked.first_step) == (1.0, 0)
+    assert LAYERS.resolve("a cat", SamplingParams(images=(WIDE,))).layers == 4
+    film = FILMS.resolve("a cat", SamplingParams())
+    assert (film.num_frames, film.fps) == (81, 16)
+    assert FILMS.resolve("a cat", SamplingParams(num_frames=1, fps=60)).num_frames == 1
+
+
+def test_a_strength_that_leaves_no_step_is_refused() -> None:
+    params = SamplingParams(images=(WIDE,), num_inference_steps=2, strength=1e-17)
+    with pytest.raises(RequestError, match="of 2 steps none would be left") as caught:
+        DRAWS_OVER.resolve("a cat", params)
+    assert caught.value.param == "strength"

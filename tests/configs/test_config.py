@@ -53,7 +53,14 @@ GENERATE_FLAGS = [
     ("--num-inference-steps", "9", "num_inference_steps", 9),
     ("--true-cfg-scale", "1.5", "true_cfg_scale", 1.5),
     ("--guidance-scale", "2.5", "guidance_scale", 2.5),
+    ("--guidance-scale-2", "1.5", "guidance_scale_2", 1.5),
     ("--max-sequence-length", "99", "max_sequence_length", 99),
+    ("--image", "a.png", "image", [Path("a.png")]),
+    ("--mask-image", "a.png", "mask_image", Path("a.png")),
+    ("--strength", "0.5", "strength", 0.5),
+    ("--num-frames", "9", "num_frames", 9),
+    ("--fps", "8", "fps", 8),
+    ("--layers", "2", "layers", 2),
     ("--seed", "5", "seed", 5),
     ("-n", "3", "n", 3),
 ]
@@ -308,8 +315,31 @@ def test_the_served_name_is_the_models_unless_set() -> None:
     assert parse(ServeConfig, "--served-model-name", "a/b").served_name == "a/b"
 
 
-def test_generates_flags_become_sampling_params() -> None:
+def test_generates_flags_become_sampling_params(tmp_path: Path) -> None:
     assert parse(GenerateConfig).sampling_params == SamplingParams()
-    arguments = [word for flag, text, *_ in GENERATE_FLAGS[2:] for word in (flag, text or "")]
-    params = {name: value for _, _, name, value in GENERATE_FLAGS[2:]}
-    assert parse(GenerateConfig, *arguments).sampling_params == SamplingParams(**params)
+    file = tmp_path / "a.png"
+    file.write_bytes(b"a picture")
+    flags = [
+        (flag, str(file) if text == "a.png" else text or "", name, value)
+        for flag, text, name, value in GENERATE_FLAGS[2:]
+    ]
+    arguments = [word for flag, text, *_ in flags for word in (flag, text)]
+    params = {name: value for *_, name, value in flags if name not in ("image", "mask_image")}
+    wanted = SamplingParams(**params, images=(b"a picture",), mask=b"a picture")
+    assert parse(GenerateConfig, *arguments).sampling_params == wanted
+
+
+def test_several_pictures(tmp_path: Path, file: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+    one, two = str(tmp_path / "a"), str(tmp_path / "b")
+    assert parse(GenerateConfig, "--image", one, "--image", two).sampling_params.images == (b"a", b"b")
+    file.write_text(f"image: [{one}, {two}]")
+    assert parse(GenerateConfig, "--config", str(file)).sampling_params.images == (b"a", b"b")
+
+
+@pytest.mark.parametrize("flag", ["--image", "--mask-image"])
+def test_a_picture_that_is_not_there(flag: str, tmp_path: Path) -> None:
+    config = parse(GenerateConfig, flag, str(tmp_path / "none.png"))
+    with pytest.raises(ConfigError, match=f"^{flag} .*none.png: No such file or directory$"):
+        _ = config.sampling_params

@@ -72,7 +72,7 @@ def test_one_picture(peer: Peer) -> None:
     assert (finished.seed, finished.image_tokens) == (5, 35)
     assert set(finished.stages) == {"queue", "prepare", "denoise", "decode", "encode"}
     assert all(seconds >= 0 for seconds in finished.stages.values())
-    images = [event.image for event in [*previews, finished]]
+    images = [*(event.image for event in previews), finished.files[0]]
     assert all(image.startswith(b"RIFF") for image in images)
     assert len(set(images)) == 4
 
@@ -81,13 +81,13 @@ def test_requests_are_interleaved_and_equal_requests_give_equal_pictures(peer: P
     wanted = {"a": request(seed=1), "b": request("a dog", seed=2), "c": request(seed=1)}
     peer.generate(**wanted)
     events = list(peer.events(*wanted))
-    images = {event.id: event.image for event in events if isinstance(event, Finished)}
+    images = {event.id: event.files[0] for event in events if isinstance(event, Finished)}
     assert images["a"] == images["c"] != images["b"]
     assert eventually(lambda: peer.status().running == 0)
     peer.generate(d=wanted["a"])
     [alone] = peer.endings("d").values()
     assert isinstance(alone, Finished)
-    assert alone.image == images["a"]
+    assert alone.files[0] == images["a"]
 
 
 def test_a_short_request_overtakes_a_long_one(peer: Peer) -> None:

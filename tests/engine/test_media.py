@@ -3,11 +3,12 @@ from __future__ import annotations
 import io
 from typing import Literal
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from darkroom.engine.media import encode_picture
+from darkroom.engine.media import encode_files, encode_picture, encode_preview, encode_video
 from tests.golden import request
 
 
@@ -20,7 +21,7 @@ def picture() -> Image.Image:
 
 
 def encode(picture: Image.Image, output_format: Literal["png", "jpeg", "webp"], quality: int = 100) -> bytes:
-    return encode_picture(picture, request(output_format=output_format, output_compression=quality))
+    return encode_picture(picture, output_format, quality)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -55,3 +56,36 @@ def test_quality_changes_size(picture: Image.Image, output_format: Literal["jpeg
 
 def test_a_picture_with_alpha_becomes_a_jpeg(picture: Image.Image) -> None:
     assert decode(encode(picture.convert("RGBA"), "jpeg")).mode == "RGB"
+
+
+@pytest.fixture(scope="module")
+def frames(picture: Image.Image) -> list[Image.Image]:
+    """A picture that moves."""
+    pixels = np.asarray(picture)
+    return [Image.fromarray(np.roll(pixels, 8 * i, axis=1)) for i in range(9)]
+
+
+def test_a_video_is_its_frames(frames: list[Image.Image]) -> None:
+    data = encode_video(frames, 12)
+    assert data[4:8] == b"ftyp"
+    assert data.index(b"moov") < data.index(b"mdat")  # it plays while it is being fetched
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec.name, stream.width, stream.height, stream.average_rate) == ("h264", 128, 96, 12)
+        decoded = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(stream)]
+        assert container.duration == pytest.approx(9 / 12 * 1e6, rel=0.01)
+    assert len(decoded) == len(frames)
+    for got, frame in zip(decoded, frames, strict=True):
+        assert np.abs(got - np.asarray(frame, int)).mean() < 6
+    assert np.abs(decoded[0] - np.asarray(frames[4], int)).mean() > 12  # and not another's
+
+
+def test_a_request_has_a_file_for_each_picture_or_one_video(frames: list[Image.Image]) -> None:
+    assert len(encode_files(frames, request(output_format="png"))) == 9
+    [video] = encode_files(frames, request(output_format="mp4", fps=8))
+    assert video == encode_video(frames, 8)
+
+
+def test_a_preview_is_one_picture(frames: list[Image.Image]) -> None:
+    assert decode(encode_preview(frames, request(output_format="mp4", fps=8))).format == "PNG"
+    assert decode(encode_preview(frames, request(output_format="webp"))).format == "WEBP"

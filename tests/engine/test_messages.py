@@ -49,7 +49,7 @@ MESSAGES: dict[type[Message], Message] = {
     Status: Status(state="failed", detail="no", is_config_error=True, waiting=2, running=1),
     Progress: Progress(id="a", step=1, num_steps=20, seconds=0.25, batch_size=2),
     Preview: Preview(id="a", index=1, image=bytes(range(256))),
-    Finished: Finished(id="a", image=b"", seed=2**64 - 1, text_tokens=7, image_tokens=64, stages=STAGES),
+    Finished: Finished(id="a", files=(b"", b"x"), seed=2**64 - 1, text_tokens=7, image_tokens=64, stages=STAGES),
     Failed: Failed(id="a", error="no", reason="busy"),
     Prepare: Prepare(ids=("a", "b"), requests=(REQUEST, REQUEST)),
     Step: Step(ids=("a", "b")),
@@ -59,7 +59,7 @@ MESSAGES: dict[type[Message], Message] = {
     Loaded: Loaded(rank=3),
     Done: Done(rank=1, prepared=(Prepared(num_steps=20, text_tokens=7, image_tokens=64),)),
     Error: Error(rank=1, error="no", is_config_error=True),
-    Encoded: Encoded(id="a", image=b"\x89PNG", seconds=0.5, preview=0),
+    Encoded: Encoded(id="a", files=(b"\x89PNG",), seconds=0.5, preview=0),
     EncodingFailed: EncodingFailed(id="a", error="no"),
 }
 DECODERS = {

@@ -50,7 +50,7 @@ def finish(scheduler: Scheduler, command: Command, now: float = 0.0) -> list[Eve
 
 
 def encoded(id: str, preview: int | None = None) -> Encoded:
-    return Encoded(id=id, image=b"%s" % id.encode(), seconds=SECONDS, preview=preview)
+    return Encoded(id=id, files=(b"%s" % id.encode(),), seconds=SECONDS, preview=preview)
 
 
 def prepare(*messages: Generate) -> Prepare:
@@ -198,7 +198,7 @@ def test_a_finished_picture_says_where_the_time_went() -> None:
     event = scheduler.encoded(encoded("a"))
     assert event == Finished(
         id="a",
-        image=b"a",
+        files=(b"a",),
         seed=ord("a"),
         text_tokens=7,
         image_tokens=35,

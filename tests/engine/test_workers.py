@@ -85,7 +85,7 @@ def test_the_ranks_make_a_picture_as_one(group: WorkerGroup) -> None:
         group.receive()
     [picture] = encoded
     assert isinstance(picture, Encoded)
-    assert picture.image.startswith(b"\x89PNG")
+    assert picture.files[0].startswith(b"\x89PNG")
 
 
 def test_a_command_that_all_ranks_refuse_leaves_the_group_whole(group: WorkerGroup) -> None:

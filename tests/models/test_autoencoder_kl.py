@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from darkroom.configs import ParallelConfig
 from darkroom.engine.worker import Worker
-from darkroom.models.autoencoder_kl import decode_latents, tiling
+from darkroom.models.autoencoder_kl import decode_latents, encode_picture, tiling
 from tests.golden import worker
 
 
@@ -22,7 +23,7 @@ def tiled(checkpoints: dict[str, Path]) -> Iterator[Worker]:
 
 @pytest.mark.parametrize("size", [(10, 14), (34, 40)])  # one tile, and several that end unevenly
 def test_a_decode_is_the_stock_tiled_one(size: tuple[int, int], tiled: Worker) -> None:
-    vae = tiled.model.pipe.vae
+    vae = tiled.model.vae
     latents = torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(0))
     picture = decode_latents(tiled.model, latents)
     assert picture is not None
@@ -37,13 +38,23 @@ def test_a_decode_is_the_stock_tiled_one(size: tuple[int, int], tiled: Worker) -
 
 
 def test_tiles_are_of_the_sizes_of_the_vae(tiled: Worker) -> None:
-    tiles = tiling(tiled.model.pipe.vae)
+    tiles = tiling(tiled.model.vae)
     assert (tiles.tile, tiles.stride, tiles.scale) == ((128, 128), (96, 96), 8)
 
 
 def test_a_rank_without_the_vae_decodes_nothing(tiled: Worker) -> None:
-    tiled.model.pipe.vae, vae = None, tiled.model.pipe.vae
-    try:
+    with patch.object(tiled.model, "patches", None):
         assert decode_latents(tiled.model, torch.zeros(1, 16, 4, 4)) is None
+
+
+@pytest.mark.parametrize("size", [(64, 48), (272, 320)])  # one tile, and several that end unevenly
+def test_an_encode_is_the_stock_tiled_one(size: tuple[int, int], tiled: Worker) -> None:
+    vae = tiled.model.vae
+    picture = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = encode_picture(tiled.model, picture, torch.Generator().manual_seed(1))
+    vae.enable_tiling()
+    try:
+        wanted = vae.encode(picture).latent_dist.sample(torch.Generator().manual_seed(1))
     finally:
-        tiled.model.pipe.vae = vae
+        vae.disable_tiling()
+    assert torch.equal(latents, (wanted - vae.config.shift_factor) * vae.config.scaling_factor)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from darkroom.parallel import spatial
 from darkroom.parallel.mesh import Axis
 from darkroom.parallel.plan import Plan, chunk_sizes
-from darkroom.parallel.spatial import PatchDecoder, Tiling, decode_tiles, share_out
+from darkroom.parallel.spatial import PatchDecoder, Tiling, map_tiles, share_out
 from tests.ranks import run_ranks
 
 PLAN = Plan(spatial="decoder", whole_rows=("decoder.mid_block.attentions.*",))
@@ -371,7 +371,7 @@ def by_tiles(axis: Axis, case: Tiles) -> tuple[bool, int]:
         decoded.append(z)
         return decode_tile(vae, z)
 
-    picture = decode_tiles(z, decode_and_count, tiling, axis)
+    picture = map_tiles(z, decode_and_count, tiling, axis)
     assert (picture is None) == (axis.rank > 0)
     return picture is None or torch.equal(finish(vae, picture), stock), len(decoded)
 
@@ -445,8 +445,8 @@ def test_tiles_that_do_not_fit_are_refused(tile: tuple[int, int], stride: tuple[
 
 
 def test_a_tile_of_another_scale_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a tile of 8 x 8 latents became \(1, 3, 16, 16\), not x 4"):
-        decode_tiles(
+    with pytest.raises(ValueError, match=r"a tile of 8 x 8 became \(1, 3, 16, 16\), not \(32, 32\)"):
+        map_tiles(
             noise((1, 4, 9, 9)),
             lambda z: noise((1, 3, 16, 16)),
             Tiling(tile=(32, 32), stride=(24, 24), scale=4),

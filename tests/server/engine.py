@@ -112,7 +112,7 @@ def picture(message: Generate) -> Iterator[Event | float]:
 def finished(message: Generate, image: bytes | None = None) -> Finished:
     return Finished(
         id=message.id,
-        image=b"picture %d" % message.request.seed if image is None else image,
+        files=(b"picture %d" % message.request.seed if image is None else image,),
         seed=message.request.seed,
         text_tokens=7,
         image_tokens=64,

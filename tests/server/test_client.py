@@ -63,7 +63,7 @@ def test_events_come_in_order_and_the_last_is_finished(engine):
     async def test(client):
         events = [event async for event in client.generate(REQUEST)]
         assert [type(event) for event in events] == [Progress, Preview, Progress, Finished]
-        assert events[-1].image == b"picture 3"
+        assert events[-1].files[0] == b"picture 3"
 
     run(engine, test)
     assert [message.request for message in engine.requests] == [REQUEST]
@@ -72,7 +72,7 @@ def test_events_come_in_order_and_the_last_is_finished(engine):
 
 def test_ids_are_unique_and_answers_reach_their_own_caller(engine):
     async def one(client, seed):
-        return [event async for event in client.generate(REQUEST.picture(seed))][-1].image
+        return [event async for event in client.generate(REQUEST.picture(seed))][-1].files[0]
 
     async def test(client):
         images = await asyncio.gather(*(one(client, i) for i in range(20)))
