@@ -35,6 +35,13 @@ def qwen_image(
     shard_size: str = "10GB",
 ) -> Path:
     """A Qwen-Image pipeline of `heads` x 16. The tokenizer is the demo's: its template has the real 34 tokens."""
+    parts = _qwen_parts(heads, layers, encoder_heads, encoder_kv_heads)
+    return _save(folder, "QwenImagePipeline", parts, dtype, shard_size)
+
+
+def _qwen_parts(
+    heads: int, layers: int = 2, encoder_heads: int = 4, encoder_kv_heads: int = 2, **variant: bool
+) -> dict[str, Any]:
     torch.manual_seed(0)
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
@@ -45,15 +52,35 @@ def qwen_image(
         num_attention_heads=heads,
         joint_attention_dim=HEAD_DIM * encoder_heads,
         axes_dims_rope=(4, 6, 6),
+        **variant,
     )
     vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
-    parts = {
+    return {
         "transformer": transformer,
         "vae": vae,
         "text_encoder": _text_encoder(HEAD_DIM * encoder_heads, encoder_heads, encoder_kv_heads),
         "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(DEMO / "scheduler"),
     }
-    return _save(folder, "QwenImagePipeline", parts, dtype, shard_size)
+
+
+def qwen_image_edit(folder: Path, *, heads: int = 4, several: bool = False, zero_cond_t: bool = False) -> Path:
+    """A Qwen-Image-Edit pipeline, or of its successors for several pictures, which it makes small."""
+    parts = _qwen_parts(heads, zero_cond_t=zero_cond_t)
+    _save(folder, f"QwenImageEdit{'Plus' if several else ''}Pipeline", parts, torch.float32)
+    _save_processor(folder, "processor")
+    (folder / "darkroom.json").write_text(json.dumps({"image_area": 96 * 96, "condition_area": 64 * 64}))
+    return folder
+
+
+def qwen_image_layered(folder: Path, *, heads: int = 4) -> Path:
+    """A Qwen-Image-Layered pipeline, whose VAE has an alpha channel."""
+    parts = _qwen_parts(heads, use_additional_t_cond=True, use_layer3d_rope=True)
+    parts["vae"] = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, input_channels=4
+    )
+    _save(folder, "QwenImageLayeredPipeline", parts, torch.float32, processor=["transformers", "Qwen2VLProcessor"])
+    (folder / "darkroom.json").write_text(json.dumps({"image_area": 96 * 96}))
+    return folder
 
 
 def z_image(folder: Path, *, heads: int = 4, layers: int = 2, dtype: torch.dtype = torch.float32) -> Path:
@@ -93,6 +120,20 @@ def longcat_image(folder: Path, *, heads: int = 4, dtype: torch.dtype = torch.fl
     (folder / "text_processor").mkdir()
     config = {"processor_class": "Qwen2VLProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
     (folder / "text_processor" / "preprocessor_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def longcat_image_edit(folder: Path, *, heads: int = 4) -> Path:
+    """A LongCat-Image-Edit pipeline of `heads` x 16."""
+    parts = {
+        "transformer": _flux_form(LongCatImageTransformer2DModel, heads),
+        "vae": _vae(),
+        "text_encoder": _text_encoder(64, 4, 2),
+        "scheduler": _shifting_scheduler(),
+    }
+    _save(folder, "LongCatImageEditPipeline", parts, torch.float32)
+    _save_processor(folder, "text_processor")
+    (folder / "darkroom.json").write_text(json.dumps({"image_area": 96 * 96}))
     return folder
 
 
@@ -185,11 +226,26 @@ _CHAT = (
 )
 
 
+def _save_processor(folder: Path, name: str) -> None:
+    """A processor's folder as the hubs have it: the tokenizer's files, and how pictures become pixels."""
+    shutil.copytree(folder / "tokenizer", folder / name)
+    config = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64},
+    }
+    (folder / name / "preprocessor_config.json").write_text(json.dumps(config))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), name: ["transformers", "Qwen2VLProcessor"]}))
+
+
 def _text_encoder(hidden: int, heads: int, kv_heads: int) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(1)
-    text: dict[str, Any] = json.loads((DEMO / "text_encoder" / "config.json").read_text())["text_config"]
+    demo: dict[str, Any] = json.loads((DEMO / "text_encoder" / "config.json").read_text())
+    text = demo["text_config"]
     rope = {**text["rope_parameters"], "mrope_section": [2, 3, 3]}
     config = Qwen2_5_VLConfig(
+        **{name: id for name, id in demo.items() if name.endswith("token_id")},
         text_config={
             **text,
             "hidden_size": hidden,

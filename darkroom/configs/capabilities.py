@@ -153,13 +153,14 @@ class Capabilities(BaseModel):
 
     def scaled(self, size: tuple[int, int], task: Task) -> tuple[int, int]:
         """What the model makes of a picture of `size`: as large where it is drawn over, else only of its shape."""
-        own = self._rounded(size, 1.0, self.size_multiple)
+        unit = self.size_multiple
+        own = self._rounded(size, unit)
         if task in ("inpaint", "image-to-image") and own[0] * own[1] <= self.max_pixels:
             return own
-        return self._rounded(size, math.sqrt(self.image_area / (size[0] * size[1])), max(self.size_multiple, 32))
+        return self._rounded(fit_area(size, self.image_area), unit)
 
-    def _rounded(self, size: tuple[int, int], scale: float, unit: int) -> tuple[int, int]:
-        width, height = (max(round(edge * scale / unit), math.ceil(self.min_edge / unit)) * unit for edge in size)
+    def _rounded(self, size: tuple[int, int], unit: int) -> tuple[int, int]:
+        width, height = (max(round(edge / unit), math.ceil(self.min_edge / unit)) * unit for edge in size)
         return width, height
 
     def _strength(self, task: Task, strength: float | None) -> float:
@@ -278,3 +279,10 @@ def _between(value: int, low: int, high: int, param: str) -> int:
             code="integer_below_min_value" if value < low else "integer_above_max_value",
         )
     return value
+
+
+def fit_area(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """(width, height) of a size's shape and about this many pixels, in multiples of 32 as stock pipelines have it."""
+    ratio = size[0] / size[1]
+    width = math.sqrt(area * ratio)
+    return max(round(width / 32), 1) * 32, max(round(width / ratio / 32), 1) * 32

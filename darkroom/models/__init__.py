@@ -1,12 +1,22 @@
 """One file per model family. Adding a family is one file here, one line in `MODELS`, one builder in tests/tiny.py."""
 
 from .base import Component, Model, Sample
-from .longcat_image import LongCatImage
+from .longcat_image import LongCatImage, LongCatImageEdit
 from .ovis_image import OvisImage
 from .qwen_image import QwenImage
+from .qwen_image_edit import QwenImageEdit, QwenImageEditPlus, QwenImageLayered
 from .z_image import ZImage
 
-FAMILIES: tuple[type[Model], ...] = (QwenImage, ZImage, LongCatImage, OvisImage)
+FAMILIES: tuple[type[Model], ...] = (
+    QwenImage,
+    QwenImageEdit,
+    QwenImageEditPlus,
+    QwenImageLayered,
+    ZImage,
+    LongCatImage,
+    LongCatImageEdit,
+    OvisImage,
+)
 
 MODELS: dict[str, type[Model]] = {name: family for family in FAMILIES for name in family.pipelines}
 """Family by the pipeline class that model_index.json names."""

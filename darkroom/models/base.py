@@ -87,6 +87,8 @@ class Sample:
     first_step: int = 0
     """Of the schedule: an image-to-image request begins further on."""
     kept: Kept | None = None
+    context: torch.Tensor | None = None
+    """The clean latents of the pictures that are edited, which the transformer sees behind the sample's own."""
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -119,13 +121,24 @@ class Model(ABC):
     """Parts of the pipeline that no request needs: they may be missing, and are not loaded."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, vae: nn.Module, mesh: Mesh, device: torch.device, *, use_tiling: bool = False
+        self,
+        pipe: DiffusionPipeline,
+        vae: nn.Module,
+        capabilities: Capabilities,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        use_tiling: bool = False,
     ) -> None:
-        """`pipe` and `vae` hold this rank's parts: the VAE of a rank that takes no part in it is without weights."""
+        """`pipe` and `vae` hold this rank's parts: the VAE of a rank that takes no part in it is without weights.
+
+        `capabilities` are the class's, with what the checkpoint has otherwise.
+        """
         from darkroom.parallel.spatial import PatchDecoder, SharedEncoder
 
         self.pipe: Any = pipe
         self.vae: Any = vae
+        self.options = capabilities
         self.mesh = mesh
         self.device = device
         self.use_tiling = use_tiling
@@ -163,7 +176,7 @@ class Model(ABC):
 
     def prompts(self, request: Request) -> list[str]:
         """The texts of the guidance branches, the conditional first."""
-        guided = request.guidance_scale > self.capabilities.no_guidance
+        guided = request.guidance_scale > self.options.no_guidance
         return [request.prompt, request.negative_prompt] if guided else [request.prompt]
 
     def spread_decode(self, z: torch.Tensor, decode: Decode, decode_tile: Decode) -> torch.Tensor | None:
@@ -224,6 +237,17 @@ class Model(ABC):
         scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=image_tokens * slope + (base - slope * low))
         scheduler.set_begin_index(0)
         return scheduler
+
+
+def with_context(samples: Sequence[Sample]) -> torch.Tensor:
+    """The latents of a batch, each with its context behind it. [B, tokens, channels]"""
+    import torch
+
+    tokens = [
+        sample.latents if sample.context is None else torch.cat([sample.latents, sample.context], 1)
+        for sample in samples
+    ]
+    return torch.cat(tokens)
 
 
 def noise_generator(request: Request) -> torch.Generator:

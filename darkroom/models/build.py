@@ -38,7 +38,7 @@ def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torc
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not of the class it expects
     pipe = DiffusionPipeline.from_pretrained(checkpoint.folder, local_files_only=True, **parts)
-    return family(pipe, parts["vae"], mesh, device, use_tiling=config.vae_use_tiling)
+    return family(pipe, parts["vae"], checkpoint.capabilities, mesh, device, use_tiling=config.vae_use_tiling)
 
 
 def _axis(component: Component, mesh: Mesh) -> Axis | None:

@@ -67,6 +67,7 @@ class Checkpoint:
 
     def _config(self, name: str, component: Component) -> Mapping[str, Any]:
         config = _read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
+        config |= {name: config for name in component.nested if name not in config}
         section: Mapping[str, Any] = config.get(component.section, config) if component.section else config
         for key in _head_counts(component.plan):
             try:

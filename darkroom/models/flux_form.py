@@ -25,7 +25,7 @@ from darkroom.parallel.plan import (
 )
 
 from .autoencoder_kl import decode_latents, tiling
-from .base import Model, Sample, noise_generator
+from .base import Model, Sample, noise_generator, with_context
 
 if TYPE_CHECKING:
     import torch
@@ -77,10 +77,8 @@ class FluxForm(Model):
         return tiling(self.vae)
 
     def prepare(self, request: Request) -> Sample:
-        import numpy as np
-
-        pipe, window, steps = self.pipe, request.max_sequence_length, request.num_inference_steps
-        texts = [self.encode(prompt, window) for prompt in self.prompts(request)]
+        pipe = self.pipe
+        texts = [self.encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)]
         latents, img_ids = pipe.prepare_latents(
             1,
             pipe.transformer.config.in_channels // 4,
@@ -90,24 +88,39 @@ class FluxForm(Model):
             self.device,
             noise_generator(request),
         )
+        return self.sample(request, texts, latents, img_ids)
+
+    def sample(
+        self,
+        request: Request,
+        texts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        latents: torch.Tensor,
+        img_ids: torch.Tensor,
+        context: torch.Tensor | None = None,
+    ) -> Sample:
+        """`texts`: hidden states and positions by branch. `img_ids`: the latents' positions, and the context's."""
+        import numpy as np
+
+        steps = request.num_inference_steps
         return Sample(
             request=request,
             latents=latents,
+            context=context,
             scheduler=self.shifted_scheduler(np.linspace(1.0, 1 / steps, steps), latents.shape[1]),
             branches=[
                 {"encoder_hidden_states": embeds, "txt_ids": txt_ids, "img_ids": img_ids} for embeds, txt_ids in texts
             ],
-            text_tokens=min(len(pipe.tokenizer(request.prompt).input_ids), window),
+            text_tokens=min(len(self.pipe.tokenizer(request.prompt).input_ids), request.max_sequence_length),
             image_tokens=latents.shape[1],
         )
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         import torch
 
-        if len({sample.request.max_sequence_length for sample in samples}) > 1:  # nothing could hide the padding
-            return torch.cat([self.predict([sample], branch) for sample in samples])
         texts = [sample.branches[branch] for sample in samples]
-        latents = torch.cat([sample.latents for sample in samples])
+        if len({(len(text["txt_ids"]), len(text["img_ids"])) for text in texts}) > 1:  # nothing could hide the padding
+            return torch.cat([self.predict([sample], branch) for sample in samples])
+        latents = with_context(samples)
         timestep = torch.stack([sample.timestep for sample in samples]).to(latents.dtype)
         prediction: torch.Tensor = self.pipe.transformer(
             hidden_states=latents,
@@ -117,7 +130,7 @@ class FluxForm(Model):
             img_ids=texts[0]["img_ids"],
             return_dict=False,
         )[0]
-        return prediction
+        return prediction[:, : samples[0].latents.shape[1]]
 
     def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
         if len(predictions) == 1:

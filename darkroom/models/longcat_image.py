@@ -1,24 +1,29 @@
-"""LongCat-Image: text to image in FLUX's form, guided within a norm (https://arxiv.org/abs/2512.07584)."""
+"""LongCat-Image and LongCat-Image-Edit: FLUX's form, guided within a norm (https://arxiv.org/abs/2512.07584)."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.pictures import load_picture
+from darkroom.configs.request import Request
 from darkroom.parallel.plan import Colwise
 
 from .autoencoder_kl import VAE
-from .base import Component, Sample
+from .base import Component, Sample, noise_generator
 from .flux_form import FluxForm, transformer_plan
-from .text_encoders import QWEN2_5_VL
+from .text_encoders import QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, processor_files
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 
 class LongCatImage(FluxForm):
-    pipelines = ("LongCatImagePipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("LongCatImagePipeline",)
     capabilities = Capabilities(
         family="LongCat-Image",
         tasks=("text-to-image",),
@@ -49,7 +54,9 @@ class LongCatImage(FluxForm):
         "text_encoder": QWEN2_5_VL,
         "vae": VAE,
     }
-    unused = ("text_processor",)  # it rewrites prompts, which no request asks for; and loading it needs torchvision
+    unused: ClassVar[tuple[str, ...]] = (
+        "text_processor",
+    )  # it rewrites prompts, which no request asks for; and loading it needs torchvision
 
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pads to the window, which is the pipeline's attribute: the picture's positions begin behind it."""
@@ -64,3 +71,65 @@ class LongCatImage(FluxForm):
             return guided
         norms = predictions[0].norm(dim=-1, keepdim=True) / (guided.norm(dim=-1, keepdim=True) + 1e-8)
         return guided * norms.clamp(max=1.0)
+
+
+class LongCatImageEdit(LongCatImage):
+    """The picture's latents stand behind those that are drawn, and are of their size."""
+
+    pipelines = ("LongCatImageEditPipeline",)
+    capabilities = LongCatImage.capabilities.override(
+        {"family": "LongCat-Image-Edit", "tasks": ("edit",), "max_images": 1}
+    )
+    components: ClassVar = {**LongCatImage.components, "text_encoder": QWEN2_5_VL_WITH_VISION}
+    files = (*FluxForm.files, processor_files("text_processor"))
+    unused = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        from .vision_language import mark_pictures
+
+        super().__init__(*args, **options)
+        mark_pictures(self.pipe.text_encoder)
+
+    @classmethod
+    def processors(cls, folder: Path) -> dict[str, Any]:
+        from .vision_language import load_processor
+
+        return {"text_processor": load_processor(folder / "text_processor", folder / "tokenizer")}
+
+    def prepare(self, request: Request) -> Sample:
+        import torch
+
+        resize, width, height = self.pipe.image_processor.resize, request.width, request.height
+        picture = resize(load_picture(request.images[0]).convert("RGB"), height, width)
+        seen = resize(picture, height // 2, width // 2)
+        texts = [self._read(prompt, seen, request.max_sequence_length) for prompt in self.prompts(request)]
+        latents, context, *positions = self.pipe.prepare_latents(
+            self.pipe.image_processor.preprocess(picture, height, width),
+            1,
+            self.pipe.transformer.config.in_channels // 4,
+            height,
+            width,
+            texts[0][0].dtype,
+            texts[0][0].shape[1],
+            self.device,
+            noise_generator(request),
+        )
+        return self.sample(request, texts, latents, torch.cat(positions), context)
+
+    def _read(self, prompt: str, seen: Image.Image, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.pipe.tokenizer_max_length = window
+        embeds, positions = self.pipe.encode_prompt(self._cut(prompt, window), image=seen)
+        return embeds, positions
+
+    def _cut(self, prompt: str, window: int) -> str:
+        """The prompt's beginning of at most `window` tokens. diffusers 0.42's own cut fails on its warning."""
+        from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import split_quotation
+
+        def too_long(length: int) -> bool:
+            words = [part for text, quoted in split_quotation(prompt[:length]) for part in (text if quoted else [text])]
+            return sum(len(self.pipe.tokenizer(word, add_special_tokens=False).input_ids) for word in words) > window
+
+        return prompt[: bisect_left(range(1, len(prompt) + 1), True, key=too_long)]
+
+    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
+        return FluxForm.guide(self, sample, predictions)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,7 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
-from .base import Component, Model, Sample, noise_generator
+from .base import Component, Model, Sample, noise_generator, with_context
 from .from_picture import Start, start_from_picture
 from .text_encoders import QWEN2_5_VL
 
@@ -52,7 +53,7 @@ TRANSFORMER = Plan(
 
 
 class QwenImage(Model):
-    pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     capabilities = Capabilities(
         family="Qwen-Image",
         tasks=("text-to-image", "image-to-image", "inpaint"),
@@ -94,9 +95,10 @@ class QwenImage(Model):
         return tiling(self.vae)
 
     def prepare(self, request: Request) -> Sample:
-        branches = [self._encode(request, prompt) for prompt in self.prompts(request)]
+        grid = self.grid(request.width, request.height)
+        branches = [{**self._encode(request, prompt), "img_shapes": [grid]} for prompt in self.prompts(request)]
         dtype = branches[0]["encoder_hidden_states"].dtype
-        scheduler = self._schedule(request)
+        scheduler = self.schedule(request, math.prod(grid))
         start = start_from_picture(self, request, scheduler, dtype) if request.images else self._noise(request, dtype)
         return Sample(
             request=request,
@@ -115,21 +117,20 @@ class QwenImage(Model):
         )
         return {"encoder_hidden_states": embeds}  # one prompt has no padding, hence no mask
 
-    def _schedule(self, request: Request) -> Any:
+    def schedule(self, request: Request, image_tokens: int) -> Any:
         import numpy as np
 
-        steps, patch = request.num_inference_steps, self.pipe.vae_scale_factor * 2
-        tokens = (request.height // patch) * (request.width // patch)
-        return self.shifted_scheduler(np.linspace(1.0, 1 / steps, steps), tokens)
+        steps = request.num_inference_steps
+        return self.shifted_scheduler(np.linspace(1.0, 1 / steps, steps), image_tokens)
 
     def _noise(self, request: Request, dtype: torch.dtype) -> Start:
         noise = self.pipe.prepare_latents(
-            1, self._channels, request.height, request.width, dtype, self.device, noise_generator(request)
+            1, self.channels, request.height, request.width, dtype, self.device, noise_generator(request)
         )
         return Start(latents=noise)
 
     @property
-    def _channels(self) -> int:
+    def channels(self) -> int:
         channels: int = self.pipe.transformer.config.in_channels // 4
         return channels
 
@@ -147,19 +148,31 @@ class QwenImage(Model):
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         import torch
 
-        latents = torch.cat([sample.latents for sample in samples])
-        timestep = torch.stack([sample.timestep for sample in samples]).to(latents.dtype)
-        embeds, mask = _pad([sample.branches[branch]["encoder_hidden_states"] for sample in samples])
-        request, patch = samples[0].request, self.pipe.vae_scale_factor * 2
+        texts = [sample.branches[branch] for sample in samples]
+        if any(text["img_shapes"] != texts[0]["img_shapes"] for text in texts):  # a batch has one set of places
+            return torch.cat([self.predict([sample], branch) for sample in samples])
+        hidden_states = with_context(samples)
+        timestep = torch.stack([sample.timestep for sample in samples]).to(hidden_states.dtype)
+        embeds, mask = _pad([text["encoder_hidden_states"] for text in texts])
         prediction: torch.Tensor = self.pipe.transformer(
-            hidden_states=latents,
+            hidden_states=hidden_states,
             timestep=timestep / 1000,
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, request.height // patch, request.width // patch)]] * len(samples),
+            img_shapes=[texts[0]["img_shapes"]] * len(samples),
             return_dict=False,
+            **self.transformer_options(len(samples)),
         )[0]
-        return prediction
+        return prediction[:, : samples[0].latents.shape[1]]
+
+    def transformer_options(self, batch_size: int) -> dict[str, Any]:
+        """What this variant of the transformer takes besides."""
+        return {}
+
+    def grid(self, width: int, height: int) -> tuple[int, int, int]:
+        """Frames, rows and columns of a picture's tokens."""
+        patch = self.pipe.vae_scale_factor * 2
+        return 1, height // patch, width // patch
 
     def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
         """Classifier-free guidance that keeps the norm of the conditional prediction."""
@@ -175,10 +188,10 @@ class QwenImage(Model):
         request, pipe = samples[0].request, self.pipe
         packed = torch.cat(list(latents))
         z = pipe._unpack_latents(packed, request.height, request.width, pipe.vae_scale_factor)
-        decoded = self._decode(z)
+        decoded = self.decode_latents(z)
         return None if decoded is None else decoded[:, :, 0]
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor | None:
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor | None:
         """Normalised latents [B, C, 1, h, w] -> [B, 3, 1, H, W]"""
         z = latents.to(self.vae.dtype)
         mean, std = self._statistics(z)

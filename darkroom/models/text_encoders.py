@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
-from darkroom.parallel.plan import Colwise, EmbeddingColumns, Heads, KeyValueGroups, Plan, Rowwise
+from darkroom.parallel.plan import (
+    Colwise,
+    EmbeddingColumns,
+    Heads,
+    KeyValueGroups,
+    LocalHeads,
+    Part,
+    Plan,
+    Rowwise,
+    TensorStyle,
+)
 
 from .base import Component
 
-_HEADS = Heads("num_attention_heads", "num_key_value_heads")
 
-DECODER = Plan(
-    tensor={
-        "embed_tokens": EmbeddingColumns(),
-        "layers.*.self_attn.q_proj": Colwise(_HEADS),
-        "layers.*.self_attn.k_proj": Colwise(_HEADS, is_kv=True),
-        "layers.*.self_attn.v_proj": Colwise(_HEADS, is_kv=True),
-        "layers.*.self_attn.o_proj": Rowwise(_HEADS),
-        "layers.*.self_attn": KeyValueGroups(_HEADS, "num_key_value_groups"),
-        "layers.*.mlp.gate_proj": Colwise(),
-        "layers.*.mlp.up_proj": Colwise(),
-        "layers.*.mlp.down_proj": Rowwise(),
+def _decoder(prefix: str, heads: Heads) -> dict[str, TensorStyle]:
+    """The layers of a language model with grouped-query attention and a gated MLP."""
+    layer = f"{prefix}layers.*"
+    return {
+        f"{prefix}embed_tokens": EmbeddingColumns(),
+        f"{layer}.self_attn.q_proj": Colwise(heads),
+        f"{layer}.self_attn.k_proj": Colwise(heads, is_kv=True),
+        f"{layer}.self_attn.v_proj": Colwise(heads, is_kv=True),
+        f"{layer}.self_attn.o_proj": Rowwise(heads),
+        f"{layer}.self_attn": KeyValueGroups(heads, "num_key_value_groups"),
+        f"{layer}.mlp.gate_proj": Colwise(),
+        f"{layer}.mlp.up_proj": Colwise(),
+        f"{layer}.mlp.down_proj": Rowwise(),
     }
-)
-"""A language model with grouped-query attention and a gated MLP."""
+
+
+DECODER = Plan(tensor=_decoder("", Heads("num_attention_heads", "num_key_value_heads")))
+
+_VISION_HEADS = Heads("vision_config.num_heads")
+_VISION: dict[str, TensorStyle] = {
+    "visual.blocks.*.attn.qkv": Colwise(parts=(Part(heads=_VISION_HEADS),) * 3),
+    "visual.blocks.*.attn.proj": Rowwise(_VISION_HEADS),
+    "visual.blocks.*.attn": LocalHeads(_VISION_HEADS, "num_heads"),
+    "visual.blocks.*.mlp.gate_proj": Colwise(),
+    "visual.blocks.*.mlp.up_proj": Colwise(),
+    "visual.blocks.*.mlp.down_proj": Rowwise(),
+    "visual.merger.mlp.0": Colwise(),
+    "visual.merger.mlp.2": Rowwise(),
+}
 
 QWEN2_5_VL = Component(  # the vision tower and the vocabulary's logits are not needed for text alone
     module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
@@ -29,9 +53,28 @@ QWEN2_5_VL = Component(  # the vision tower and the vocabulary's logits are not 
     plan=DECODER,
     ranks="world",
     section="text_config",
-    nested=("text_config",),
     prefixes={"model.language_model.": "", "model.": ""},
     leave_out=("model.visual.", "visual.", "lm_head."),
+)
+
+QWEN2_5_VL_WITH_VISION = Component(
+    module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    name="Qwen2_5_VLModel",
+    plan=Plan(
+        tensor={
+            **_decoder("language_model.", Heads("text_config.num_attention_heads", "text_config.num_key_value_heads")),
+            **_VISION,
+        }
+    ),
+    ranks="world",
+    nested=("text_config",),
+    prefixes={
+        "model.language_model.": "language_model.",
+        "model.visual.": "visual.",
+        "visual.": "visual.",
+        "model.": "language_model.",
+    },
+    leave_out=("lm_head.",),
 )
 
 QWEN3 = Component(
@@ -42,3 +85,8 @@ QWEN3 = Component(
     prefixes={"model.": "", "": ""},
     leave_out=("lm_head.",),
 )
+
+
+def processor_files(folder: str) -> tuple[tuple[str, ...], ...]:
+    """The file that says how pictures become the encoder's pixels: of transformers 4, or of 5."""
+    return (f"{folder}/preprocessor_config.json",), (f"{folder}/processor_config.json",)
