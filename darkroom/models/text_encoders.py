@@ -30,7 +30,7 @@ QWEN2_5_VL = Component(  # the vision tower and the vocabulary's logits are not 
     ranks="world",
     section="text_config",
     prefixes=("model.language_model.", "model."),
-    leave_out=("model.visual.",),
+    leave_out=("model.visual.", "visual.", "lm_head."),
 )
 
 QWEN3 = Component(
