@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny
 from tests.matrix import CELLS, PAIRWISE, Cell
+from tests.subjects import SUBJECTS
 
 torch.set_num_threads(1)
 
@@ -30,17 +30,7 @@ def layouts(pytestconfig: pytest.Config) -> dict[int, list[Cell]]:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By name. Those with 5 heads: no number of ranks divides them."""
+    """By name: `z_image_4_heads` is the variant `4_heads` of the subject `z_image`."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {
-        "qwen_image_4_heads": tiny.qwen_image(root / "qwen_image_4_heads"),
-        "qwen_image_5_heads": tiny.qwen_image(
-            root / "qwen_image_5_heads", heads=5, encoder_heads=6, encoder_kv_heads=2
-        ),
-        "z_image_4_heads": tiny.z_image(root / "z_image_4_heads"),
-        "z_image_5_heads": tiny.z_image(root / "z_image_5_heads", heads=5),
-        "longcat_image_4_heads": tiny.longcat_image(root / "longcat_image_4_heads"),
-        "longcat_image_5_heads": tiny.longcat_image(root / "longcat_image_5_heads", heads=5),
-        "ovis_image_4_heads": tiny.ovis_image(root / "ovis_image_4_heads"),
-        "ovis_image_5_heads": tiny.ovis_image(root / "ovis_image_5_heads", heads=5),
-    }
+    variants = {f"{name}_{variant}": build for name, one in SUBJECTS.items() for variant, build in one.variants.items()}
+    return {name: build(root / name) for name, build in variants.items()}

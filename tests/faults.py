@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from darkroom.parallel import attention, guidance, plan, tensor
+from darkroom.parallel import attention, guidance, plan, spatial, tensor
 from darkroom.parallel.plan import Rowwise
 
 
@@ -84,4 +84,57 @@ def parts_are_cut_as_one() -> Iterator[None]:
         return plan._cut(dim, shape, None, False, *args)
 
     with patch.object(plan, "_cut_parts", whole):
+        yield
+
+
+@contextmanager
+def halo_rows_are_zero() -> Iterator[None]:
+    """A convolution that sees nothing beyond this rank's rows."""
+    inner = spatial.PatchDecoder._extend
+
+    def extend(decoder: Any, x: Any, halo: int) -> Any:
+        extended = inner(decoder, x, halo)
+        if isinstance(x, torch.Tensor):
+            above = halo if decoder.axis.rank > 0 else 0
+            extended[..., :above, :] = 0
+            extended[..., above + x.shape[-2] :, :] = 0
+        return extended
+
+    with patch.object(spatial.PatchDecoder, "_extend", extend):
+        yield
+
+
+@contextmanager
+def group_norms_are_of_one_rank() -> Iterator[None]:
+    def normalise(_decoder: Any, norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+    with patch.object(spatial.PatchDecoder, "_normalise", normalise):
+        yield
+
+
+@contextmanager
+def tiles_fade_with_another_rounding() -> Iterator[None]:
+    """Right but for the last bits."""
+
+    def fade(before: torch.Tensor, after: torch.Tensor, extent: int, dim: int) -> None:
+        extent = min(before.shape[dim], after.shape[dim], extent)
+        weight = torch.arange(extent, dtype=after.dtype) / extent
+        old, new = before.narrow(dim, before.shape[dim] - extent, extent), after.narrow(dim, 0, extent)
+        new.copy_(torch.lerp(old, new, weight[:, None] if dim == -2 else weight))
+
+    with patch.object(spatial, "_fade", fade):
+        yield
+
+
+@contextmanager
+def pictures_stay_where_they_were_encoded() -> Iterator[None]:
+    """Ranks without the VAE have an empty picture instead."""
+
+    def give(encoder: Any, moments: torch.Tensor | None, owner: int) -> torch.Tensor:
+        shared = inner(encoder, moments, owner)
+        return shared if moments is not None else torch.zeros_like(shared)
+
+    inner = spatial.SharedEncoder._give
+    with patch.object(spatial.SharedEncoder, "_give", give):
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ def stock_pipeline(cls: Any, folder: Path, **parts: Any) -> Any:
     that."""
     pipe = cls.from_pretrained(folder, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
-    for part in (x for x in pipe.components.values() if isinstance(x, torch.nn.Module)):
-        for parameter in part.parameters():
+    for part in pipe.components.values():
+        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
             parameter.data = parameter.data.clone()
     return pipe
 
@@ -86,6 +86,27 @@ def generate(worker: Worker, requests: Sequence[Request], *, batched: bool = Fal
         for group in [open_samples] if batched else [[sample] for sample in open_samples]:
             worker.step(group)
     return {id: (worker.samples[id].latents, worker.decode(Decode(ids=(id,)))) for id in ids}
+
+
+def decode_noise(worker: Worker, requests: Sequence[Request]) -> Outputs:
+    """Requests that are decoded before their first step."""
+    ids = tuple(str(i) for i in range(len(requests)))
+    worker.execute(Prepare(ids=ids, requests=tuple(requests)))
+    return {id: (worker.samples[id].latents, worker.decode(Decode(ids=(id,)))) for id in ids}
+
+
+def from_stock(folder: Path, request: Request, pipe: Any, run_stock: Callable[..., Any]) -> tuple[float, int]:
+    """How far one process is from the stock pipeline: the latents' numbers, and the pictures' levels of 255."""
+    with worker(folder, ParallelConfig()) as one:
+        [(latents, decoded)] = generate(one, [request]).values()
+        assert decoded is not None
+        pictures = one.model.pictures(decoded)
+    wanted = run_stock(pipe, request, "latent")
+    assert latents.shape == wanted.shape
+    ours, theirs = (
+        np.stack([np.asarray(x).astype(int) for x in xs]) for xs in (pictures, run_stock(pipe, request, "pil"))
+    )
+    return float((latents - wanted).abs().max()), int(np.abs(ours - theirs).max())
 
 
 def difference(outputs: Outputs, expected: Outputs) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from darkroom.configs import ParallelConfig
+from darkroom.configs import ParallelConfig, Request
+from darkroom.configs.capabilities import Capabilities
 from darkroom.engine.worker import Worker
-from tests.golden import Outputs, difference, generate, request, worker
+from tests.golden import TOLERANCE, Outputs, decode_noise, difference, generate, request, worker
 
 Cell = dict[str, Any]
 Fault = Callable[[], AbstractContextManager[None]]
@@ -39,6 +41,9 @@ CELLS: dict[int, list[Cell]] = {
 }
 """Layouts by world size: every axis, and every product of two."""
 
+EIGHT: list[Cell] = [{"usp": 8}, {"ring": 8}, {"usp": 2, "ring": 2, "tp": 2}, {"cfg": 2, "usp": 2, "tp": 2}]
+"""On 8 ranks, for one family of each form of attention: the two that need as many heads or chunks, and all axes."""
+
 PAIRWISE: dict[int, list[Cell]] = {
     2: [
         {"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
@@ -63,32 +68,68 @@ LARGE = [request("a blue moon", width=320, height=272, num_inference_steps=2, se
 """More than one tile."""
 
 
-def every_kind(worker: Worker, tiled: bool) -> dict[str, Outputs]:
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Requests that are made together, and how."""
+
+    requests: Sequence[Request]
+    batched: bool = False
+    """Steps share forward passes; else they take turns."""
+    tiled: bool = False
+    """Too large for one tile: made where the decode is tiled, and nowhere else."""
+
+
+Kinds = Mapping[str, Kind]
+"""What every layout is asked for, by name."""
+
+TEXT_TO_IMAGE: Kinds = {
+    "interleaved": Kind(requests=PAIR),
+    "batched": Kind(requests=PAIR, batched=True),
+    "one branch": Kind(requests=ONE_BRANCH),
+    "large": Kind(requests=LARGE, tiled=True),
+}
+
+TILES = "tiles of "
+"""Before the name of a tiled kind: its noise decoded as it is. The same latents everywhere, so that ranks must agree
+with one process bit for bit."""
+
+
+def every_kind(worker: Worker, tiled: bool, kinds: Kinds = TEXT_TO_IMAGE) -> dict[str, Outputs]:
     """What a worker gives for each kind of requests."""
-    kinds = {
-        "interleaved": generate(worker, PAIR),
-        "batched": generate(worker, PAIR, batched=True),
-        "one branch": generate(worker, ONE_BRANCH),
-    }
-    return {**kinds, "large": generate(worker, LARGE)} if tiled else kinds
+    outputs = {}
+    for name, kind in kinds.items():
+        if tiled or not kind.tiled:
+            outputs[name] = generate(worker, kind.requests, batched=kind.batched)
+        if kind.tiled and tiled:
+            outputs[TILES + name] = decode_noise(worker, kind.requests)
+    return outputs
 
 
 Expected = dict[tuple[str, bool], dict[str, Outputs]]
 """What one process gives, by checkpoint and whether its decode is tiled."""
 
 
-def one_process(folders: dict[str, Path]) -> Expected:
+def one_process(folders: dict[str, Path], kinds: Kinds = TEXT_TO_IMAGE) -> Expected:
     outputs = {}
     for name, folder in folders.items():
         for tiled in (False, True):
             with worker(folder, ParallelConfig(vae_use_tiling=tiled)) as one:
-                outputs[name, tiled] = every_kind(one, tiled)
+                outputs[name, tiled] = every_kind(one, tiled, kinds)
     return outputs
 
 
+Results = list[tuple[str, Cell, dict[str, Outputs]]]
+"""What one rank gives: (checkpoint, cell, outputs by kind)."""
+
+
 def run_cells(
-    rank: int, size: int, folders: dict[str, Path], cells: list[Cell], fault: Fault = nullcontext
-) -> list[tuple[str, Cell, dict[str, Outputs]]]:
+    rank: int,
+    size: int,
+    folders: dict[str, Path],
+    cells: list[Cell],
+    fault: Fault = nullcontext,
+    kinds: Kinds = TEXT_TO_IMAGE,
+) -> Results:
     """What this rank gives in every cell, for every checkpoint. For `run_ranks`."""
     results = []
     with fault():
@@ -96,14 +137,16 @@ def run_cells(
             for cell in cells:
                 config = ParallelConfig.model_validate(cell)
                 with worker(folder, config, rank) as one:
-                    results.append((name, cell, every_kind(one, config.vae_use_tiling)))
+                    results.append((name, cell, every_kind(one, config.vae_use_tiling, kinds)))
     return results
 
 
-def differences(
-    results: list[list[tuple[str, Cell, dict[str, Outputs]]]], expected: Expected
-) -> dict[tuple[int, str, str, str], float]:
-    """The largest difference by rank, checkpoint, cell and kind. Pictures are compared on the output rank."""
+Differences = dict[tuple[int, str, str, str], float]
+"""The largest difference by rank, checkpoint, cell and kind."""
+
+
+def differences(results: list[Results], expected: Expected) -> Differences:
+    """Of all ranks. Pictures are compared on the output rank."""
     worst = {}
     for rank, cells in enumerate(results):
         for name, cell, kinds in cells:
@@ -114,3 +157,51 @@ def differences(
                     outputs = {id: (latents, wanted[id][1]) for id, (latents, _) in outputs.items()}
                 worst[rank, name, str(cell), kind] = difference(outputs, wanted)
     return worst
+
+
+def allowed(kind: str) -> float:
+    """How far ranks may be from one process."""
+    return 0.0 if kind.startswith(TILES) else TOLERANCE
+
+
+def unequal(worst: Differences) -> Differences:
+    """What is further off than is allowed."""
+    return {place: value for place, value in worst.items() if not value <= allowed(place[3])}
+
+
+def lacks(cell: Cell, capabilities: Capabilities) -> list[str]:
+    """The axes of a cell that a model has no plan for. Where there are some, the model must refuse the layout."""
+    config = ParallelConfig.model_validate(cell)
+    degrees = {**config.axes, "vae": config.vae_patch_parallel_size}
+    return [axis for axis, degree in degrees.items() if degree > 1 and axis not in capabilities.axes]
+
+
+# ---- deliberate faults -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A fault, where it shows, and in which kinds of requests: in these, and in no others."""
+
+    fault: Fault
+    cell: Cell
+    kinds: frozenset[str]
+
+
+def run_trials(rank: int, size: int, folders: dict[str, Path], trials: list[Trial], kinds: Kinds) -> list[Results]:
+    """What this rank gives under each fault. For `run_ranks`."""
+    return [run_cells(rank, size, folders, [trial.cell], trial.fault, kinds) for trial in trials]
+
+
+def seen(worst: Differences) -> frozenset[str]:
+    """The kinds in which a fault shows: ten times further off than is allowed."""
+    return frozenset(kind for (*_, kind), value in worst.items() if not value <= 10 * allowed(kind))
+
+
+def unseen(trials: Iterable[Trial], results: list[list[Results]], expected: Expected) -> dict[str, frozenset[str]]:
+    """The faults that do not show where they should, and where they show instead."""
+    shown = {
+        trial.fault.__name__: (seen(differences(list(ranks), expected)), trial.kinds)
+        for trial, *ranks in zip(trials, *results, strict=True)
+    }
+    return {name: kinds for name, (kinds, wanted) in shown.items() if kinds != wanted}

@@ -22,6 +22,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from darkroom.models.checkpoint import DEMO
 
 HEAD_DIM = 16
+IMAGE_AREA, CONDITION_AREA = 96 * 96, 64 * 64
+"""Pixels of pictures that are edited: the models' own would take seconds."""
 
 
 def qwen_image(
@@ -68,7 +70,7 @@ def qwen_image_edit(folder: Path, *, heads: int = 4, several: bool = False, zero
     parts = _qwen_parts(heads, zero_cond_t=zero_cond_t)
     _save(folder, f"QwenImageEdit{'Plus' if several else ''}Pipeline", parts, torch.float32)
     _save_processor(folder, "processor")
-    (folder / "darkroom.json").write_text(json.dumps({"image_area": 96 * 96, "condition_area": 64 * 64}))
+    (folder / "darkroom.json").write_text(json.dumps({"image_area": IMAGE_AREA, "condition_area": CONDITION_AREA}))
     return folder
 
 
@@ -79,7 +81,7 @@ def qwen_image_layered(folder: Path, *, heads: int = 4) -> Path:
         base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, input_channels=4
     )
     _save(folder, "QwenImageLayeredPipeline", parts, torch.float32, processor=["transformers", "Qwen2VLProcessor"])
-    (folder / "darkroom.json").write_text(json.dumps({"image_area": 96 * 96}))
+    (folder / "darkroom.json").write_text(json.dumps({"image_area": IMAGE_AREA}))
     return folder
 
 
@@ -133,7 +135,7 @@ def longcat_image_edit(folder: Path, *, heads: int = 4) -> Path:
     }
     _save(folder, "LongCatImageEditPipeline", parts, torch.float32)
     _save_processor(folder, "text_processor")
-    (folder / "darkroom.json").write_text(json.dumps({"image_area": 96 * 96}))
+    (folder / "darkroom.json").write_text(json.dumps({"image_area": IMAGE_AREA}))
     return folder
 
 

@@ -92,9 +92,19 @@ class Checkpoint:
 
         Its processes all read the folder that was checked: a snapshot is named by its commit, a branch may move.
         """
-        if self.repository:
-            hub.fetch(self.repository, self.folder.name, list(self.family.components))
+        if self.repository and (files := self._missing_weights(self.repository)):
+            hub.fetch(self.repository, self.folder.name, files)
         return config.model_copy(update={"model": str(self.folder.absolute()), "revision": None})
+
+    def _missing_weights(self, repository: str) -> list[str]:
+        """The files of components that are not, or half, fetched yet."""
+        files = []
+        for name in self.family.components:
+            try:
+                find_weights(self.folder / name)
+            except ConfigError:
+                files += hub.weight_files(repository, self.folder.name, self.folder / name)
+        return files
 
     def check(self, config: ParallelConfig) -> None:
         """Raises ConfigError for degrees that this model cannot be spread by, with what would work."""

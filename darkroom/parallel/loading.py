@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 _SUFFIX = ".safetensors"
 _INDEX = f"{_SUFFIX}.index.json"
+_INDICES = f"*{_SUFFIX}.index*.json"
+_SHARD = re.compile(r"-[0-9]+-of-[0-9]+(?=\.)")
+_COMPUTED = ("inv_freq", "position_ids")
+"""Last names of what older checkpoints hold although the classes compute it."""
 _THREADS = 8
 """Streams that read one component; more do not help an NVMe disk or a PCIe link."""
 
@@ -58,15 +63,29 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def choose_weights(folder: Path, names: Iterable[str]) -> list[str]:
-    """Which of the files `names` hold a component: those of its index in `folder`, or the only one."""
-    if indices := sorted(folder.glob(f"*{_INDEX}")):
-        return _indexed(indices[0])
-    files = [name for name in sorted(names) if name.endswith(_SUFFIX) and name.count(".") == 1]  # no .fp16 variants
-    if not files:
+    """Which of the files `names` hold a component: those of its index in `folder`, or the only one.
+
+    Plain files before variants, such as model.fp16.safetensors; of several variants, the first by name.
+    """
+    files = sorted(name for name in names if name.endswith(_SUFFIX))
+    indices = {_variant_of(index.name): index for index in sorted(folder.glob(_INDICES), reverse=True)}
+    variants = {*indices, *map(_variant_of, files)}
+    if not variants:
         raise ConfigError(f"'{folder.name}' holds no safetensors file: Darkroom reads no other format")
-    if len(files) > 1:
-        raise ConfigError(f"'{folder.name}' holds {len(files)} safetensors files, but no *{_INDEX} that joins them")
-    return files
+    variant = min(variants)
+    if variant in indices:
+        return _indexed(indices[variant])
+    chosen = [name for name in files if _variant_of(name) == variant]
+    if len(chosen) > 1:
+        raise ConfigError(f"'{folder.name}' holds {len(chosen)} safetensors files, but no *{_INDEX} that joins them")
+    return chosen
+
+
+def _variant_of(name: str) -> str:
+    """What stands between the dots: `fp16` of model.fp16-00001-of-00002.safetensors, of
+    model-00001-of-00002.fp16.safetensors and of model.safetensors.index.fp16.json; nothing for plain files."""
+    parts = _SHARD.sub("", name).split(".")[1:]
+    return ".".join(part for part in parts if part not in ("safetensors", "index", "json"))
 
 
 def _indexed(index: Path) -> list[str]:
@@ -120,13 +139,20 @@ def load(
 ) -> Report:
     """Fill the parameters of `module`, which are on the meta device, with this rank's part of the checkpoint.
 
-    Raises ConfigError for a parameter that the checkpoint does not hold, or holds in another shape.
+    Raises ConfigError for a parameter that the checkpoint does not hold, or holds in another shape, and for what the
+    checkpoint holds and the module has no place for: config.json then describes another model.
     """
     import torch
 
     wanted = {**dict(module.named_parameters()), **_meta_buffers(module)}
     if missing := [name for name in wanted if name not in tensors]:
         raise ConfigError(f"the checkpoint has no '{missing[0]}' for {type(module).__name__} ({len(missing)} missing)")
+
+    if unexpected := _unexpected(module, tensors):
+        raise ConfigError(
+            f"{type(module).__name__} has no '{unexpected[0]}', which the checkpoint holds ({len(unexpected)} such): "
+            "config.json does not fit the weights"
+        )
 
     def fill(name: str) -> int:
         stored = tensors[name]
@@ -149,6 +175,13 @@ def load(
 
 def _meta_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if buffer.is_meta}
+
+
+def _unexpected(module: nn.Module, tensors: Iterable[str]) -> list[str]:
+    """A tied parameter has a place under each of its names, and so has a buffer that is computed."""
+    places = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    places |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return [name for name in tensors if name not in places and name.rpartition(".")[2] not in _COMPUTED]
 
 
 def _read(stored: Stored, cut: Cut | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -99,6 +99,7 @@ def darkroom(hub: Hub, cache: Path, *arguments: str) -> subprocess.CompletedProc
 
 def test_check_reads_headers_only_and_generate_then_fetches_the_weights(tmp_path: Path) -> None:
     with running() as hub:
+        hub.files["vae/diffusion_pytorch_model.fp16.safetensors"] = b"a variant, which is not needed"
         checked = darkroom(hub, tmp_path, "check", "someone/tiny", "--tp", "2")
         assert (checked.returncode, checked.stdout.splitlines()[-1]) == (0, "valid"), checked.stderr
         local = darkroom(hub, tmp_path, "check", str(DEMO), "--tp", "2").stdout
@@ -113,6 +114,7 @@ def test_check_reads_headers_only_and_generate_then_fetches_the_weights(tmp_path
             hub, tmp_path, "generate", "someone/tiny", "a star", "-o", str(out), "--num-inference-steps", "2"
         )
         assert made.returncode == 0 and out.stat().st_size > 1000, made.stderr
+        assert len(list(tmp_path.rglob("snapshots/**/*.safetensors"))) == 3
         before = hub.weight_bytes
         again = darkroom(hub, tmp_path, "check", "someone/tiny", "--revision", "main")
         assert (again.returncode, hub.weight_bytes) == (0, before)

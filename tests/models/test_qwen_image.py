@@ -1,4 +1,7 @@
-"""Golden equality. One process is the stock diffusers pipeline; every layout of ranks is one process."""
+"""Golden equality of one process in all that layouts share: on any device, in bfloat16, in tiles, in batches.
+
+With the trained demo. The tiny checkpoints in every layout are tests/test_matrix.py's.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,13 @@ import torch
 from diffusers import QwenImagePipeline
 from PIL import Image
 
-from darkroom.configs import ParallelConfig, Request
+from darkroom.configs import ParallelConfig
 from darkroom.engine.worker import Worker
 from darkroom.models.checkpoint import DEMO
 from darkroom.models.qwen_image import QwenImage
-from tests import faults
 from tests.golden import TOLERANCE, difference, generate, request, worker
-from tests.matrix import CELLS, Cell, Expected, Fault, differences, one_process, run_cells
-from tests.ranks import run_ranks
-
-# ---- one process is the stock pipeline -----------------------------------------------------------------------------
+from tests.subjects import QWEN_IMAGE
+from tests.subjects import run_qwen_image as run_stock
 
 
 @pytest.fixture(
@@ -57,20 +57,6 @@ def alone(device: str) -> Iterator[Worker]:
         yield one
 
 
-def run_stock(pipe: QwenImagePipeline, request: Request, output_type: str) -> Any:
-    return pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        true_cfg_scale=request.guidance_scale,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.num_inference_steps,
-        max_sequence_length=request.max_sequence_length,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type=output_type,
-    ).images
-
-
 def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
     """Bit for bit on a CPU. CUDA's libraries may choose another kernel for the same product from call to call."""
     if ours.device.type == "cpu":
@@ -84,13 +70,7 @@ def assert_same_picture(ours: Image.Image, expected: Image.Image, levels: int) -
     assert np.abs(apart).max() <= levels
 
 
-REQUESTS = {
-    "square": request("a green star on a white background", width=128, height=128, seed=7),
-    "uneven": request("two small blue cats", width=112, height=80, seed=2**64 - 1),
-    "no guidance": request("a moon", guidance_scale=1.0),
-    "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=5),
-    "short window": request("a very long prompt about a tree on the left", max_sequence_length=3),
-}
+REQUESTS = QWEN_IMAGE.requests
 
 
 @pytest.mark.parametrize("case", REQUESTS)
@@ -186,44 +166,3 @@ def test_the_clean_estimate_ends_as_the_picture(alone: Worker) -> None:
     sample = alone.samples["0"]
     assert sample.estimate is not None
     assert float((sample.estimate - sample.latents).abs().mean()) < 0.05
-
-
-# ---- every layout is one process -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folders(checkpoints: dict[str, Path]) -> dict[str, Path]:
-    return {name: checkpoints[name] for name in ("qwen_image_4_heads", "qwen_image_5_heads")}
-
-
-@pytest.fixture(scope="module")
-def expected(folders: dict[str, Path]) -> Expected:
-    return one_process(folders)
-
-
-@pytest.mark.parametrize("size", CELLS)
-def test_every_layout_is_one_process(size: int, folders: dict[str, Path], expected: Expected) -> None:
-    worst = differences(run_ranks(run_cells, size, folders, CELLS[size]), expected)
-    assert len(worst) >= size * len(CELLS[size]) * len(folders) * 3
-    assert {cell: value for cell, value in worst.items() if value > TOLERANCE} == {}
-
-
-EVERY = {"interleaved", "batched", "one branch"}
-
-
-@pytest.mark.parametrize(
-    ("fault", "cell", "kinds"),
-    [
-        (faults.ring_skips_a_hop, {"ring": 2}, EVERY),
-        (faults.ring_keeps_its_mask, {"ring": 2}, {"batched"}),
-        (faults.heads_come_back_in_another_order, {"usp": 2}, EVERY),
-        (faults.partial_sums_are_not_reduced, {"tp": 2}, EVERY),
-        (faults.branches_are_swapped, {"cfg": 2}, {"interleaved", "batched"}),
-    ],
-)
-def test_a_fault_is_seen(
-    fault: Fault, cell: Cell, kinds: set[str], folders: dict[str, Path], expected: Expected
-) -> None:
-    one = {"qwen_image_4_heads": folders["qwen_image_4_heads"]}
-    worst = differences(run_ranks(run_cells, 2, one, [cell], fault), expected)
-    assert {kind for (*_, kind), value in worst.items() if value > 10 * TOLERANCE} == kinds

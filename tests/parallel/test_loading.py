@@ -262,6 +262,24 @@ def test_a_missing_tensor_is_named(axis: Axis, tmp_path: Path) -> None:
         loaded(folder, axis)
 
 
+def test_what_the_class_has_no_place_for_is_named(tmp_path: Path) -> None:
+    others = {"gate.weight": torch.zeros(2), "up.inv_freq.scale": torch.zeros(2), "position_ids": torch.arange(3)}
+    folder = write(tmp_path, {**weights(), **others, "rope.inv_freq": torch.ones(2)})  # the last two are computed
+    with pytest.raises(ConfigError, match=r"^Zoo has no 'gate\.weight', which the checkpoint holds \(2 such\): config"):
+        loaded(folder, Axis("whole"))
+
+
+def test_the_other_name_of_a_tied_parameter_is_known(tmp_path: Path) -> None:
+    with init_empty_weights():
+        module = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+        module["b"].weight = module["a"].weight
+    tensors = read_headers(
+        find_weights(write(tmp_path, {"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2, 2)})), str
+    )
+    load(module, tensors, Plan(), {}, Axis("whole"), CPU, torch.float32)
+    assert torch.equal(module["a"].weight, torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("axis", [Axis("tp"), Axis("tp", 2, 0)], ids=["whole", "cut"])
 @pytest.mark.parametrize(
     ("name", "shape", "wanted"),

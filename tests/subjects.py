@@ -1,0 +1,404 @@
+"""What the golden tests and the matrix need to know of every family: a family joins both by one entry here."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from unittest.mock import patch
+
+import diffusers
+import torch
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_plus,
+    pipeline_qwenimage_layered,
+)
+from PIL import Image
+
+from darkroom.configs import Request
+from darkroom.models import Model
+from darkroom.models.longcat_image import LongCatImage, LongCatImageEdit
+from darkroom.models.ovis_image import OvisImage
+from darkroom.models.qwen_image import QwenImage
+from darkroom.models.qwen_image_edit import QwenImageEdit, QwenImageEditPlus, QwenImageLayered
+from darkroom.models.vision_language import load_processor, mark_pictures
+from darkroom.models.z_image import ZImage
+from tests import faults, tiny
+from tests.golden import picture_file, request, stock_pipeline
+from tests.matrix import TEXT_TO_IMAGE, Kind, Kinds, Trial
+
+Builder = Callable[[Path], Path]
+"""Builds a tiny checkpoint in a folder, and returns it."""
+
+
+class RunStock(Protocol):
+    """Calls the stock pipeline; `output_type` is "latent" or "pil"."""
+
+    def __call__(self, pipe: Any, request: Request, output_type: str, /) -> Any: ...
+
+
+EVERY = frozenset({"interleaved", "batched", "one branch"})
+GUIDED = frozenset({"interleaved", "batched"})
+
+TRIALS = (
+    Trial(fault=faults.ring_skips_a_hop, cell={"ring": 2}, kinds=EVERY),
+    Trial(fault=faults.heads_come_back_in_another_order, cell={"usp": 2}, kinds=EVERY),
+    Trial(fault=faults.partial_sums_are_not_reduced, cell={"tp": 2}, kinds=EVERY),
+    Trial(fault=faults.branches_are_swapped, cell={"cfg": 2}, kinds=GUIDED),
+    Trial(fault=faults.halo_rows_are_zero, cell={"tp": 2, "vae-pp": 2}, kinds=EVERY),
+    Trial(
+        fault=faults.tiles_fade_with_another_rounding,
+        cell={"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
+        kinds=frozenset({"tiles of large"}),
+    ),
+)
+"""Faults that show in every family of text to image. On 2 ranks each."""
+MASKS = Trial(fault=faults.ring_keeps_its_mask, cell={"ring": 2}, kinds=frozenset({"batched"}))
+FUSED = Trial(fault=faults.parts_are_cut_as_one, cell={"tp": 2}, kinds=EVERY)
+ONE_PICTURE = Trial(fault=faults.pictures_stay_where_they_were_encoded, cell={"usp": 2}, kinds=EVERY)
+OVER_ONE = Trial(fault=faults.pictures_stay_where_they_were_encoded, cell={"usp": 2}, kinds=frozenset({"drawn over"}))
+GROUP_NORMS = Trial(fault=faults.group_norms_are_of_one_rank, cell={"tp": 2, "vae-pp": 2}, kinds=EVERY)
+
+
+WIDE, OTHER, TALL = picture_file(160, 100), picture_file(160, 100, seed=1), picture_file(90, 130, seed=2)
+MASK = picture_file(160, 100, mode="L")
+
+
+def over(**values: Any) -> Request:
+    """A request to draw over a picture."""
+    task = "inpaint" if "mask" in values else "image-to-image"
+    return request(**{"task": task, "images": (WIDE,), "num_inference_steps": 5, "strength": 0.6, **values})
+
+
+OVER: dict[str, Request] = {
+    "image to image": over(),
+    "half a step": over(strength=0.5),  # 2.5 steps of 5: rounded as the pipelines do
+    "all of it": over(strength=1.0),
+    "another size": over(width=64, height=96),
+    "inpaint": over(mask=MASK, strength=0.8),
+    "inpaint all of it": over(mask=MASK, strength=1.0),
+    "inpaint, no guidance": over(mask=MASK, guidance_scale=0.0),
+}
+"""Compared with the stock pipelines, of the families that draw over pictures."""
+DRAWN_OVER: dict[str, Kind] = {
+    "drawn over": Kind(requests=[over(seed=1), over(mask=MASK, images=(OTHER,), seed=2)]),
+    "large, drawn over": Kind(
+        requests=[over(images=(picture_file(320, 272),), width=320, height=272, num_inference_steps=3)], tiled=True
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One family under test."""
+
+    family: type[Model]
+    variants: Mapping[str, Builder]
+    """Tiny checkpoints by name. One has a number of heads that no number of ranks divides."""
+    eight: Builder | None = None
+    """A checkpoint with heads for 8 ranks: for one family of each form of attention."""
+    pipeline: Any
+    """The stock pipeline's class."""
+    open_stock: Callable[[Any, Path], Any] = stock_pipeline
+    """Loads it from a checkpoint."""
+    run_stock: RunStock
+    requests: Mapping[str, Request]
+    """Compared with the stock pipeline, in the first variant."""
+    batches_branches: bool = False
+    """The stock pipeline runs both branches of guidance as one batch, which rounds otherwise than one by one."""
+    kinds: Kinds = field(default_factory=lambda: TEXT_TO_IMAGE)
+    """Compared between layouts."""
+    trials: tuple[Trial, ...] = TRIALS
+    """Faults that must show in the first variant."""
+
+    def stock(self, folder: Path) -> Any:
+        return self.open_stock(self.pipeline, folder)
+
+    def is_exact(self, request: Request) -> bool:
+        """Whether one process must give the stock pipeline's result bit for bit."""
+        return not self.batches_branches or request.guidance_scale <= self.family.capabilities.no_guidance
+
+
+def stock_options(request: Request, output_type: str) -> dict[str, Any]:
+    """What all stock pipelines call the same."""
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": output_type,
+    }
+
+
+DRAWING_OVER: dict[Any, tuple[Any, Any]] = {
+    diffusers.QwenImagePipeline: (diffusers.QwenImageImg2ImgPipeline, diffusers.QwenImageInpaintPipeline),
+    diffusers.ZImagePipeline: (diffusers.ZImageImg2ImgPipeline, diffusers.ZImageInpaintPipeline),
+}
+"""The pipelines of the same components for image-to-image and for inpainting."""
+
+
+def drawing_over(pipe: Any, request: Request) -> tuple[Any, dict[str, Any]]:
+    """The pipeline for what the request brings, and its options for that."""
+    if not request.images:
+        return pipe, {}
+    to_image, inpaint = DRAWING_OVER[type(pipe)]
+    other = (inpaint if request.mask else to_image)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    size = (request.width, request.height)  # not every pipeline scales the picture itself
+    picture = opened(request.images[0]).resize(size, Image.Resampling.LANCZOS)
+    mask = {"mask_image": opened(request.mask)} if request.mask else {}
+    return other, {"image": picture, "strength": request.strength, **mask}
+
+
+def opened(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file))
+
+
+def run_qwen_image(pipe: Any, request: Request, output_type: str) -> Any:
+    pipe, options = drawing_over(pipe, request)
+    options |= stock_options(request, output_type)
+    length = request.max_sequence_length
+    return pipe(**options, true_cfg_scale=request.guidance_scale, max_sequence_length=length).images
+
+
+def run_guided(pipe: Any, request: Request, output_type: str) -> Any:
+    """Of the pipelines that take `guidance_scale` and `max_sequence_length`."""
+    pipe, options = drawing_over(pipe, request)
+    options |= stock_options(request, output_type)
+    length = request.max_sequence_length
+    return pipe(**options, guidance_scale=request.guidance_scale, max_sequence_length=length).images
+
+
+def open_with_processor(cls: Any, folder: Path) -> Any:
+    """A pipeline that reads pictures, told which tokens these are: the input that diffusers 0.42 leaves out."""
+    name = "text_processor" if (folder / "text_processor").is_dir() else "processor"
+    pipe = stock_pipeline(cls, folder, **{name: load_processor(folder / name, folder / "tokenizer")})
+    mark_pictures(pipe.text_encoder.model)
+    return pipe
+
+
+def run_qwen_edit(pipe: Any, request: Request, output_type: str) -> Any:
+    """With the tiny checkpoints' areas instead of those that the pipelines have built in."""
+    options = stock_options(request, output_type)
+    pictures = [opened(image) for image in request.images]
+    fit = pipeline_qwenimage_edit.calculate_dimensions
+    with (
+        patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda _, ratio: fit(tiny.IMAGE_AREA, ratio)),
+        patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", tiny.IMAGE_AREA),
+        patch.object(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", tiny.CONDITION_AREA),
+    ):
+        image = pictures if len(pictures) > 1 else pictures[0]
+        return pipe(**options, image=image, true_cfg_scale=request.guidance_scale).images
+
+
+def run_qwen_layered(pipe: Any, request: Request, output_type: str) -> Any:
+    """The pipeline fails where it is asked for latents: they are taken from its last step."""
+    latents: list[Any] = []
+    options = stock_options(request, "pil")
+    options |= {"layers": request.layers, "max_sequence_length": request.max_sequence_length}
+    size = options.pop("width"), options.pop("height")
+    with patch.object(pipeline_qwenimage_layered, "calculate_dimensions", lambda *_: size):
+        [layers] = pipe(
+            **options,
+            image=opened(request.images[0]).convert("RGBA"),
+            true_cfg_scale=request.guidance_scale,
+            callback_on_step_end=lambda _pipe, _step, _time, values: (latents.append(values["latents"]), values)[1],
+        ).images
+    return latents[-1] if output_type == "latent" else layers
+
+
+def run_longcat_edit(pipe: Any, request: Request, output_type: str) -> Any:
+    pipe.tokenizer_max_length = request.max_sequence_length
+    options = stock_options(request, output_type)
+    size = options.pop("width"), options.pop("height")
+    with patch.object(pipeline_longcat_image_edit, "calculate_dimensions", lambda *_: size):
+        image = opened(request.images[0])
+        return pipe(**options, image=image, guidance_scale=request.guidance_scale).images
+
+
+def run_longcat_image(pipe: Any, request: Request, output_type: str) -> Any:
+    pipe.tokenizer_max_length = request.max_sequence_length
+    options = stock_options(request, output_type)
+    return pipe(**options, guidance_scale=request.guidance_scale, enable_prompt_rewrite=False).images
+
+
+QWEN_IMAGE = Subject(
+    family=QwenImage,
+    variants={
+        "4_heads": tiny.qwen_image,
+        "5_heads": lambda folder: tiny.qwen_image(folder, heads=5, encoder_heads=6, encoder_kv_heads=2),
+    },
+    eight=lambda folder: tiny.qwen_image(folder, heads=8),
+    pipeline=diffusers.QwenImagePipeline,
+    run_stock=run_qwen_image,
+    requests={
+        "square": request("a green star on a white background", width=128, height=128, seed=7),
+        "uneven": request("two small blue cats", width=112, height=80, seed=2**64 - 1),
+        "no guidance": request("a moon", guidance_scale=1.0),
+        "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=5),
+        "short window": request("a very long prompt about a tree on the left", max_sequence_length=3),
+        **OVER,
+    },
+    kinds={**TEXT_TO_IMAGE, **DRAWN_OVER},
+    trials=(*TRIALS, MASKS, OVER_ONE),
+)
+
+
+def edits(**values: Any) -> dict[str, Kind]:
+    """What layouts are asked for of a model that edits: as of the others, with a picture each."""
+
+    def edit(prompt: str, image: bytes, **more: Any) -> Request:
+        return request(prompt, **{"task": "edit", "images": (image,), **values, **more})
+
+    pair = [edit("make it red", WIDE, seed=3), edit("two small blue cats beside a very large house", OTHER, seed=4)]
+    return {
+        "interleaved": Kind(requests=pair),
+        "batched": Kind(requests=pair, batched=True),
+        "one branch": Kind(requests=[edit("a red heart", TALL, guidance_scale=0.0, seed=5)]),
+        "large": Kind(requests=[edit("a moon", TALL, width=320, height=272, num_inference_steps=2)], tiled=True),
+    }
+
+
+def edit_requests(**values: Any) -> dict[str, Request]:
+    """Compared with the stock pipelines."""
+    edit = {"task": "edit", "images": (WIDE,), **values}
+    return {
+        "square": request("make it red", **{**edit, "width": 128, "height": 128}, seed=7),
+        "tall picture": request("two small blue cats", **{**edit, "images": (TALL,)}),
+        "no guidance": request("a moon", **edit, guidance_scale=0.0),
+        "negative prompt": request("a house", **edit, negative_prompt="red, blurry", guidance_scale=2.5),
+    }
+
+
+QWEN_IMAGE_EDIT = Subject(
+    family=QwenImageEdit,
+    variants={
+        "4_heads": tiny.qwen_image_edit,
+        "5_heads": lambda folder: tiny.qwen_image_edit(folder, heads=5),
+    },
+    pipeline=diffusers.QwenImageEditPipeline,
+    open_stock=open_with_processor,
+    run_stock=run_qwen_edit,
+    requests=edit_requests(),
+    kinds=edits(),
+    trials=(*TRIALS, MASKS, FUSED, ONE_PICTURE),
+)
+
+QWEN_IMAGE_EDIT_PLUS = Subject(
+    family=QwenImageEditPlus,
+    variants={
+        "2511": lambda folder: tiny.qwen_image_edit(folder, several=True, zero_cond_t=True),
+        "5_heads": lambda folder: tiny.qwen_image_edit(folder, heads=5, several=True),
+    },
+    pipeline=diffusers.QwenImageEditPlusPipeline,
+    open_stock=open_with_processor,
+    run_stock=run_qwen_edit,
+    requests={**edit_requests(), "three": request("a cat and a house", task="edit", images=(WIDE, TALL, OTHER))},
+    kinds={**edits(), "two": Kind(requests=[request("a cat", task="edit", images=(TALL, WIDE))])},
+    trials=(*TRIALS, MASKS, FUSED, ONE_PICTURE),
+)
+
+QWEN_IMAGE_LAYERED = Subject(
+    family=QwenImageLayered,
+    variants={
+        "4_heads": tiny.qwen_image_layered,
+        "5_heads": lambda folder: tiny.qwen_image_layered(folder, heads=5),
+    },
+    pipeline=diffusers.QwenImageLayeredPipeline,
+    open_stock=lambda cls, folder: stock_pipeline(cls, folder, processor=None),
+    run_stock=run_qwen_layered,
+    requests={
+        **edit_requests(task="layered", layers=2),
+        "four layers": request("a cat", task="layered", images=(OTHER,), layers=4),
+    },
+    kinds=edits(task="layered", layers=2),
+    trials=(*TRIALS, MASKS, ONE_PICTURE),
+)
+
+Z_IMAGE = Subject(
+    family=ZImage,
+    variants={"4_heads": tiny.z_image, "5_heads": lambda folder: tiny.z_image(folder, heads=5)},
+    eight=lambda folder: tiny.z_image(folder, heads=8),
+    pipeline=diffusers.ZImagePipeline,
+    run_stock=run_guided,
+    requests={
+        "turbo": request("a green star on a white background", guidance_scale=0.0, width=128, height=128, seed=7),
+        "one step": request("a cat", guidance_scale=0.0, num_inference_steps=1),
+        "weak guidance": request(
+            "a cat", negative_prompt="red", guidance_scale=0.5
+        ),  # half a difference, on top of one
+        "guidance": request("two small blue cats", negative_prompt="red", guidance_scale=4.0),
+        "short window": request("a very long prompt about a tree", guidance_scale=0.0, max_sequence_length=9),
+        **OVER,
+    },
+    kinds={**TEXT_TO_IMAGE, **DRAWN_OVER},
+    batches_branches=True,
+    trials=(*TRIALS, GROUP_NORMS),
+)
+
+LONGCAT_IMAGE = Subject(
+    family=LongCatImage,
+    variants={"4_heads": tiny.longcat_image, "5_heads": lambda folder: tiny.longcat_image(folder, heads=5)},
+    eight=lambda folder: tiny.longcat_image(folder, heads=8),
+    pipeline=diffusers.LongCatImagePipeline,
+    open_stock=lambda cls, folder: stock_pipeline(cls, folder, text_processor=None),
+    run_stock=run_longcat_image,
+    requests={
+        "square": request("a green star on a white background", width=128, height=128, seed=7),
+        "full window": request("two orange squares", max_sequence_length=512),
+        "one step": request("a cat", guidance_scale=1.0, num_inference_steps=1),
+        "no negative prompt": request("two small blue cats", negative_prompt="", guidance_scale=4.5),
+        "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=5),
+        "letters": request("a sign that says 'a cat'", negative_prompt='"red"'),  # quoted: one token a letter
+        "short window": request("a very long prompt about a tree on the left", max_sequence_length=5),
+    },
+    trials=(*TRIALS, FUSED, GROUP_NORMS),
+)
+
+LONGCAT_IMAGE_EDIT = Subject(
+    family=LongCatImageEdit,
+    variants={
+        "4_heads": tiny.longcat_image_edit,
+        "5_heads": lambda folder: tiny.longcat_image_edit(folder, heads=5),
+    },
+    pipeline=diffusers.LongCatImageEditPipeline,
+    open_stock=open_with_processor,
+    run_stock=run_longcat_edit,
+    requests={**edit_requests(), "letters": request("write 'a cat'", task="edit", images=(WIDE,))},
+    kinds=edits(),
+    trials=(*TRIALS, FUSED, GROUP_NORMS, ONE_PICTURE),
+)
+
+OVIS_IMAGE = Subject(
+    family=OvisImage,
+    variants={"4_heads": tiny.ovis_image, "5_heads": lambda folder: tiny.ovis_image(folder, heads=5)},
+    pipeline=diffusers.OvisImagePipeline,
+    run_stock=run_guided,
+    requests={
+        "square": request("a green star on a white background", width=128, height=128, seed=7),
+        "full window": request("two orange squares", max_sequence_length=256),
+        "one step": request("a cat", guidance_scale=1.0, num_inference_steps=1),
+        "no negative prompt": request("two small blue cats", negative_prompt=""),
+        "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=5),
+        "short window": request("a very long prompt about a tree on the left", max_sequence_length=5),
+    },
+    trials=(*TRIALS, FUSED, GROUP_NORMS),
+)
+
+SUBJECTS: dict[str, Subject] = {
+    "qwen_image": QWEN_IMAGE,
+    "qwen_image_edit": QWEN_IMAGE_EDIT,
+    "qwen_image_edit_plus": QWEN_IMAGE_EDIT_PLUS,
+    "qwen_image_layered": QWEN_IMAGE_LAYERED,
+    "z_image": Z_IMAGE,
+    "longcat_image": LONGCAT_IMAGE,
+    "longcat_image_edit": LONGCAT_IMAGE_EDIT,
+    "ovis_image": OVIS_IMAGE,
+}
+"""By name; a variant's checkpoint is called `<subject>_<variant>`."""

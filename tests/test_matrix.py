@@ -1,0 +1,93 @@
+"""Golden equality, for every family: one process is the stock pipeline, and every layout of ranks is one process.
+
+In a subset of layouts for the families after the first, unless pytest is given `--matrix`. `scripts/matrix` runs all,
+on up to 8 ranks, and writes what it finds to docs/models.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from darkroom.models import FAMILIES
+from tests import faults
+from tests.golden import TOLERANCE, from_stock
+from tests.matrix import CELLS, Cell, Expected, Trial, differences, one_process, run_cells, run_trials, unequal, unseen
+from tests.ranks import run_ranks
+from tests.subjects import QWEN_IMAGE, SUBJECTS, Subject
+
+
+@pytest.fixture(scope="module")
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return SUBJECTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def folders(subject: Subject, checkpoints: dict[str, Path]) -> dict[str, Path]:
+    [name] = [name for name, one in SUBJECTS.items() if one is subject]
+    return {variant: checkpoints[f"{name}_{variant}"] for variant in subject.variants}
+
+
+@pytest.fixture(scope="module")
+def stock(subject: Subject, folders: dict[str, Path]) -> Any:
+    return subject.stock(next(iter(folders.values())))
+
+
+@pytest.fixture(scope="module")
+def expected(subject: Subject, folders: dict[str, Path]) -> Expected:
+    return one_process(folders, subject.kinds)
+
+
+@pytest.mark.parametrize(
+    ("subject", "case"),
+    [(name, case) for name, subject in SUBJECTS.items() for case in subject.requests],
+    indirect=["subject"],
+)
+def test_one_process_is_the_stock_pipeline(case: str, subject: Subject, stock: Any, folders: dict[str, Path]) -> None:
+    wanted = subject.requests[case]
+    latents, levels = from_stock(next(iter(folders.values())), wanted, stock, subject.run_stock)
+    if subject.is_exact(wanted):
+        assert (latents, levels) == (0.0, 0)
+    else:
+        assert latents <= TOLERANCE and levels <= 1
+
+
+@pytest.mark.parametrize(
+    ("subject", "size"), [(name, size) for name in SUBJECTS for size in CELLS], indirect=["subject"]
+)
+def test_every_layout_is_one_process(
+    size: int, subject: Subject, folders: dict[str, Path], expected: Expected, layouts: dict[int, list[Cell]]
+) -> None:
+    cells = CELLS[size] if subject is QWEN_IMAGE else layouts.get(size, [])
+    if not cells:
+        pytest.skip("in the whole matrix only: --matrix")
+    worst = differences(run_ranks(run_cells, size, folders, cells, nullcontext, subject.kinds), expected)
+    assert len(worst) >= size * len(cells) * len(folders) * 3
+    assert unequal(worst) == {}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, indirect=True)
+def test_every_fault_is_seen(subject: Subject, folders: dict[str, Path], expected: Expected) -> None:
+    name, folder = next(iter(folders.items()))
+    trials = list(subject.trials)
+    assert unseen(trials, run_ranks(run_trials, 2, {name: folder}, trials, subject.kinds), expected) == {}
+
+
+def test_a_fault_that_does_not_show_is_named() -> None:
+    trial = Trial(fault=faults.ring_skips_a_hop, cell={"ring": 2}, kinds=frozenset({"batched"}))
+    wanted = {"0": (torch.zeros(1), torch.zeros(1))}
+    results = [[[("a", trial.cell, {"batched": wanted})]]]
+    assert unseen([trial], results, {("a", False): {"batched": wanted}}) == {"ring_skips_a_hop": frozenset()}
+
+
+def test_every_family_is_a_subject_and_every_fault_is_tried() -> None:
+    assert {subject.family for subject in SUBJECTS.values()} == set(FAMILIES)
+    kinds = {
+        fault for name, fault in inspect.getmembers(faults, inspect.isfunction) if fault.__module__ == "tests.faults"
+    }
+    assert {trial.fault for subject in SUBJECTS.values() for trial in subject.trials} == kinds
