@@ -123,7 +123,8 @@ class QwenImage(Model):
 
         latents = torch.cat([sample.latents for sample in samples])
         timestep = torch.stack([sample.timestep for sample in samples]).to(latents.dtype)
-        embeds, mask = _pad([sample.branches[branch]["encoder_hidden_states"] for sample in samples])
+        texts = [sample.branches[branch]["encoder_hidden_states"] for sample in samples]
+        embeds, mask = _pad(texts, self.mesh.sequence.size)  # the class cannot rotate no tokens: each rank gets one
         request, patch = samples[0].request, self.pipe.vae_scale_factor * 2
         prediction: torch.Tensor = self.pipe.transformer(
             hidden_states=latents,
@@ -176,13 +177,15 @@ class QwenImage(Model):
         return tile
 
 
-def _pad(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts of [1, T, width] each -> one batch, and a mask [B, T] where their lengths differ."""
+def _pad(embeds: Sequence[torch.Tensor], least: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts of [1, T, width] each -> one batch, T at least `least`, and a mask [B, T] where there is padding."""
     import torch
 
-    if len({x.shape[1] for x in embeds}) == 1:
+    lengths = {x.shape[1] for x in embeds}
+    longest = max(*lengths, least)
+    if lengths == {longest}:
         return torch.cat(list(embeds)), None
-    sequences = [x[0] for x in embeds]
-    mask = [x.new_ones(len(x), dtype=torch.bool) for x in sequences]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(sequences, batch_first=True), pad(mask, batch_first=True)
+    pad = torch.nn.functional.pad
+    padded = torch.cat([pad(x, (0, 0, 0, longest - x.shape[1])) for x in embeds])
+    mask = [pad(x.new_ones(1, x.shape[1], dtype=torch.bool), (0, longest - x.shape[1])) for x in embeds]
+    return padded, torch.cat(mask)
