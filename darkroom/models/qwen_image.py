@@ -153,7 +153,8 @@ class QwenImage(Model):
             return torch.cat([self.predict([sample], branch) for sample in samples])
         hidden_states = with_context(samples)
         timestep = torch.stack([sample.timestep for sample in samples]).to(hidden_states.dtype)
-        embeds, mask = _pad([text["encoder_hidden_states"] for text in texts])
+        least = self.mesh.sequence.size  # the class cannot rotate no tokens: each rank gets one
+        embeds, mask = _pad([text["encoder_hidden_states"] for text in texts], least)
         prediction: torch.Tensor = self.pipe.transformer(
             hidden_states=hidden_states,
             timestep=timestep / 1000,
@@ -225,13 +226,15 @@ def tiling(vae: Any) -> Tiling:
     )
 
 
-def _pad(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts of [1, T, width] each -> one batch, and a mask [B, T] where their lengths differ."""
+def _pad(embeds: Sequence[torch.Tensor], least: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts of [1, T, width] each -> one batch, T at least `least`, and a mask [B, T] where there is padding."""
     import torch
 
-    if len({x.shape[1] for x in embeds}) == 1:
+    lengths = {x.shape[1] for x in embeds}
+    longest = max(*lengths, least)
+    if lengths == {longest}:
         return torch.cat(list(embeds)), None
-    sequences = [x[0] for x in embeds]
-    mask = [x.new_ones(len(x), dtype=torch.bool) for x in sequences]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(sequences, batch_first=True), pad(mask, batch_first=True)
+    pad = torch.nn.functional.pad
+    padded = torch.cat([pad(x, (0, 0, 0, longest - x.shape[1])) for x in embeds])
+    mask = [pad(x.new_ones(1, x.shape[1], dtype=torch.bool), (0, longest - x.shape[1])) for x in embeds]
+    return padded, torch.cat(mask)

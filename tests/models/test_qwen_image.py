@@ -6,6 +6,7 @@ With the trained demo. The tiny checkpoints in every layout are tests/test_matri
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,8 @@ from darkroom.engine.worker import Worker
 from darkroom.models.checkpoint import DEMO
 from darkroom.models.qwen_image import QwenImage
 from tests.golden import TOLERANCE, difference, generate, request, worker
+from tests.matrix import Cell, Kind, differences, one_process, run_cells, unequal
+from tests.ranks import run_ranks
 from tests.subjects import QWEN_IMAGE
 from tests.subjects import run_qwen_image as run_stock
 
@@ -146,7 +149,16 @@ def test_a_batch_of_unequal_prompts_is_each_alone(checkpoints: dict[str, Path]) 
             assert difference(generate(one, both, batched=True), expected) > 10 * TOLERANCE
 
 
-def without_mask(embeds: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
+def test_a_text_may_have_fewer_tokens_than_ranks(checkpoints: dict[str, Path]) -> None:
+    """As the default negative prompt has, on 8 GPUs."""
+    folders = {"4_heads": checkpoints["qwen_image_4_heads"]}
+    kinds = {"short": Kind(requests=[request("a cat", max_sequence_length=2)])}
+    cells: list[Cell] = [{"ring": 4}, {"usp": 4}]
+    results = run_ranks(run_cells, 4, folders, cells, nullcontext, kinds)
+    assert unequal(differences(results, one_process(folders, kinds))) == {}
+
+
+def without_mask(embeds: list[torch.Tensor], _least: int) -> tuple[torch.Tensor, None]:
     return torch.nn.utils.rnn.pad_sequence([x[0] for x in embeds], batch_first=True), None
 
 
