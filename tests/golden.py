@@ -42,7 +42,7 @@ def stock_pipeline(cls: Any, folder: Path, **parts: Any) -> Any:
     that."""
     pipe = cls.from_pretrained(folder, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+    for part in filter(lambda part: isinstance(part, torch.nn.Module), pipe.components.values()):
         for parameter in part.parameters():
             parameter.data = parameter.data.clone()
     return pipe

@@ -7,7 +7,7 @@ module level needs no torch, so that the command line can read capabilities and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -40,10 +40,15 @@ class Component:
     """`tp`: cut over the tensor-parallel axis. `world`: over all ranks. `vae`: whole, on the ranks that decode."""
     section: str | None = None
     """The part of config.json that describes the class, where the folder holds more than it."""
-    prefixes: Sequence[str] = ("",)
-    """What stands before the class's own parameter names in the checkpoint; keys with none of these are left out."""
+    prefixes: Sequence[str] | Mapping[str, str] = ("",)
+    """What stands before the class's own parameter names in the checkpoint, and in a mapping what takes its place;
+    keys with none of these are left out."""
     leave_out: tuple[str, ...] = ()
     """Prefixes of keys that the class has no use for."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the class's configuration holds whatever config.json says."""
+    processor: Callable[[], Any] | None = None
+    """Makes an attention processor, one for each module that attends, instead of the class's own."""
 
     def rename(self, key: str) -> str | None:
         """A checkpoint's key -> the parameter's name, or None for what the class has no use for."""
@@ -51,7 +56,8 @@ class Component:
             return None
         for prefix in self.prefixes:
             if key.startswith(prefix):
-                return key.removeprefix(prefix)
+                own = self.prefixes[prefix] if isinstance(self.prefixes, Mapping) else ""
+                return own + key.removeprefix(prefix)
         return None
 
 
@@ -95,6 +101,8 @@ class Model(ABC):
     """Files beside the components that the pipeline needs: of each entry, one of the alternatives."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that no request needs: they may be missing, and are not loaded."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Parts of the pipeline that a checkpoint may do without: its model_index.json then names no class for them."""
 
     def __init__(self, pipe: DiffusionPipeline, mesh: Mesh, device: torch.device, *, use_tiling: bool = False) -> None:
         """`pipe` holds this rank's parts; those that it does not need are None."""
@@ -162,14 +170,15 @@ class Model(ABC):
     def new_scheduler(self) -> Any:
         return deepcopy(self.pipe.scheduler)
 
-    def shifted_scheduler(self, sigmas: Any, image_tokens: int) -> Any:
-        """A sample's own scheduler over `sigmas`, which large pictures shift towards the noise, as the stock
-        pipelines' `calculate_shift` does it (https://arxiv.org/abs/2403.03206, section 5.3.2)."""
+    def shifted_scheduler(self, sigmas: Any, image_tokens: int, steps: int | None = None) -> Any:
+        """A sample's own scheduler over `sigmas`, or over `steps` of its own, which large pictures shift towards the
+        noise, as the stock pipelines' `calculate_shift` does it (https://arxiv.org/abs/2403.03206, section 5.3.2)."""
         scheduler = self.new_scheduler()
         option = scheduler.config.get
         low, high = option("base_image_seq_len", 256), option("max_image_seq_len", 4096)
         base, most = option("base_shift", 0.5), option("max_shift", 1.15)
         slope = (most - base) / (high - low)
-        scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=image_tokens * slope + (base - slope * low))
+        mu = image_tokens * slope + (base - slope * low)
+        scheduler.set_timesteps(steps, sigmas=sigmas, device=self.device, mu=mu)
         scheduler.set_begin_index(0)
         return scheduler

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Model:
     """This rank's `Model`. Raises `ConfigError` for a checkpoint that does not fit, ValueError for a wrong plan."""
-    parts: dict[str, nn.Module | None] = dict.fromkeys(checkpoint.family.unused)
-    for name, component in checkpoint.family.components.items():
+    parts: dict[str, nn.Module | None] = dict.fromkeys([*checkpoint.family.unused, *checkpoint.absent])
+    for name, component in checkpoint.components.items():
         axis = _axis(component, mesh)
         parts[name] = _component(checkpoint, name, axis, device, dtype) if axis else None
     _spread_attention(parts["transformer"], checkpoint.family.components["transformer"], config, mesh)
@@ -68,9 +68,19 @@ def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.
         if component.module.startswith("diffusers."):
             module: nn.Module = cls.from_config(config)
         else:
-            hf_config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            hf_config: Any = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, **component.settings
+            )
             module = cls._from_config(getattr(hf_config, component.section) if component.section else hf_config)
+    use_processors(module, component)
     return module
+
+
+def use_processors(module: nn.Module, component: Component) -> None:
+    """Let the module attend with the component's processors, if it has any of its own."""
+    if component.processor:
+        attending: Any = module
+        attending.set_attn_processor({name: component.processor() for name in attending.attn_processors})
 
 
 def _spread_attention(module: nn.Module | None, component: Component, config: EngineConfig, mesh: Mesh) -> None:
