@@ -43,4 +43,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "longcat_image_5_heads": tiny.longcat_image(root / "longcat_image_5_heads", heads=5),
         "ovis_image_4_heads": tiny.ovis_image(root / "ovis_image_4_heads"),
         "ovis_image_5_heads": tiny.ovis_image(root / "ovis_image_5_heads", heads=5),
+        "sd3_4_heads": tiny.sd3(root / "sd3_4_heads"),
+        "sd3_5_heads": tiny.sd3(root / "sd3_5_heads", heads=5),
+        "sd3_4_heads_large": tiny.sd3(root / "sd3_4_heads_large", dual=False),
+        "sd3_5_heads_large": tiny.sd3(root / "sd3_5_heads_large", heads=5, dual=False),
     }

@@ -10,7 +10,7 @@ import torch
 
 from darkroom.models.base import Component
 from darkroom.models.checkpoint import Checkpoint
-from darkroom.models.text_encoders import QWEN2_5_VL, QWEN3
+from darkroom.models.text_encoders import CLIP, QWEN2_5_VL, QWEN3, T5
 
 LAYER = "layers.0.mlp.up_proj.weight"
 
@@ -26,6 +26,12 @@ LAYER = "layers.0.mlp.up_proj.weight"
         (QWEN3, LAYER, LAYER),
         (QWEN3, f"model.{LAYER}", LAYER),  # of the class that has logits
         (QWEN3, "lm_head.weight", None),
+        (CLIP, "text_projection.weight", "text_projection.weight"),
+        (CLIP, "text_model.embeddings.position_ids", None),  # as transformers wrote it before 4.31
+        (T5, "shared.weight", "embed_tokens.weight"),
+        (T5, "encoder.embed_tokens.weight", "embed_tokens.weight"),
+        (T5, "encoder.block.0.layer.1.DenseReluDense.wo.weight", "block.0.layer.1.DenseReluDense.wo.weight"),
+        (T5, "decoder.embed_tokens.weight", None),
     ],
 )
 def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str | None) -> None:
@@ -33,13 +39,22 @@ def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str 
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen_image_4_heads", "z_image_4_heads", "longcat_image_4_heads", "ovis_image_4_heads"]
+    ("name", "encoder"),
+    [
+        ("qwen_image_4_heads", "text_encoder"),
+        ("z_image_4_heads", "text_encoder"),
+        ("longcat_image_4_heads", "text_encoder"),
+        ("ovis_image_4_heads", "text_encoder"),
+        ("sd3_4_heads", "text_encoder"),
+        ("sd3_4_heads", "text_encoder_2"),
+        ("sd3_4_heads", "text_encoder_3"),
+    ],
 )
-def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, checkpoints: dict[str, Path]) -> None:
+def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str, checkpoints: dict[str, Path]) -> None:
     checkpoint = Checkpoint.open(str(checkpoints[name]))
-    component = checkpoint.family.components["text_encoder"]
+    component = checkpoint.family.components[encoder]
     cls = getattr(importlib.import_module(component.module), component.name)
     with torch.device("meta"):
-        module = cls(cls.config_class(**checkpoint.configs["text_encoder"]))
-    shapes = {key: stored.shape for key, stored in checkpoint.tensors("text_encoder").items()}
+        module = cls(cls.config_class(**checkpoint.configs[encoder]))
+    shapes = {key: stored.shape for key, stored in checkpoint.tensors(encoder).items()}
     assert shapes == {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
