@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.matrix import CELLS, PAIRWISE, Cell
 from tests.subjects import SUBJECTS
 
 torch.set_num_threads(1)
@@ -23,9 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def layouts(pytestconfig: pytest.Config) -> dict[int, list[Cell]]:
-    """By world size."""
-    return CELLS if pytestconfig.getoption("--matrix") else PAIRWISE
+def whole_matrix(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--matrix"))
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import torch
 
-from darkroom.parallel import attention, guidance, plan, spatial, tensor
-from darkroom.parallel.plan import Rowwise
+from darkroom.parallel import attention, guidance, loading, plan, sequence, spatial, tensor
+from darkroom.parallel.plan import HeadBias, Rowwise
 
 
 @contextmanager
@@ -137,4 +137,22 @@ def pictures_stay_where_they_were_encoded() -> Iterator[None]:
 
     inner = spatial.SharedEncoder._give
     with patch.object(spatial.SharedEncoder, "_give", give):
+        yield
+
+
+@contextmanager
+def attention_of_one_stream_stays_local() -> Iterator[None]:
+    """A second attention, of the picture alone, that sees this rank's part of it."""
+    with patch.object(sequence._SomeStreams, "attend", lambda _self, q, k, v, *_: attention.sdpa(q, k, v)):
+        yield
+
+
+@contextmanager
+def biases_are_those_of_the_first_heads() -> Iterator[None]:
+    inner = loading.cut_parameter
+
+    def cut(style: Any, name: str, shape: Any, config: Any, size: int, rank: int) -> Any:
+        return inner(style, name, shape, config, size, 0 if isinstance(style, HeadBias) else rank)
+
+    with patch.object(loading, "cut_parameter", cut):
         yield

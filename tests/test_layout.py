@@ -18,6 +18,7 @@ from torch import nn
 
 from darkroom.models import MODELS
 from darkroom.models.base import Component, Model
+from darkroom.models.build import use_processors
 from darkroom.parallel.loading import Stored, elements_per_rank
 from darkroom.parallel.mesh import Axis
 from darkroom.parallel.sequence import SequenceParallel
@@ -350,14 +351,24 @@ def test_the_list_of_exceptions_is_true() -> None:
 FAMILY_CLASSES = sorted(set(MODELS.values()), key=lambda family: family.__name__)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {"T5Stack": {"feed_forward_proj": "gated-gelu"}}
+"""What every published checkpoint has otherwise than the class by default."""
+
+
 def built(component: Component) -> tuple[nn.Module, dict[str, Any]]:
     """The real class at its default, full size, without memory; and its configuration."""
+    module, config = bare(component)
+    use_processors(module, component)
+    return module, config
+
+
+def bare(component: Component) -> tuple[nn.Module, dict[str, Any]]:
     cls = getattr(importlib.import_module(component.module), component.name)
     with torch.device("meta"):
         if component.module.startswith("diffusers."):
             module = cls()
             return module, dict(module.config)
-        config = cls.config_class()
+        config = cls.config_class(**component.settings, **PUBLISHED.get(component.name, {}))
         return cls(config), config.to_dict()
 
 

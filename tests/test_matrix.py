@@ -17,9 +17,9 @@ import torch
 from darkroom.models import FAMILIES
 from tests import faults
 from tests.golden import from_stock
-from tests.matrix import CELLS, Cell, Expected, Trial, differences, one_process, run_cells, run_trials, unequal, unseen
+from tests.matrix import CELLS, Expected, Trial, differences, one_process, run_cells, run_trials, unequal, unseen
 from tests.ranks import run_ranks
-from tests.subjects import QWEN_IMAGE, SUBJECTS, Subject
+from tests.subjects import SUBJECTS, Subject
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +59,24 @@ def test_one_process_is_the_stock_pipeline(case: str, subject: Subject, stock: A
     ("subject", "size"), [(name, size) for name in SUBJECTS for size in CELLS], indirect=["subject"]
 )
 def test_every_layout_is_one_process(
-    size: int, subject: Subject, folders: dict[str, Path], expected: Expected, layouts: dict[int, list[Cell]]
+    size: int, subject: Subject, folders: dict[str, Path], expected: Expected, whole_matrix: bool
 ) -> None:
-    cells = CELLS[size] if subject is QWEN_IMAGE else layouts.get(size, [])
-    if not cells:
+    layouts = subject.layouts(size, whole_matrix)
+    if not layouts:
         pytest.skip("in the whole matrix only: --matrix")
-    worst = differences(run_ranks(run_cells, size, folders, cells, nullcontext, subject.kinds), expected)
-    assert len(worst) >= size * len(cells) * len(folders) * 3
-    assert unequal(worst) == {}
+    for name, cells in layouts.items():
+        results = run_ranks(run_cells, size, {name: folders[name]}, cells, nullcontext, subject.kinds)
+        worst = differences(results, expected)
+        assert len(worst) >= size * len(cells) * 3
+        assert unequal(worst) == {}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, indirect=True)
-def test_every_fault_is_seen(subject: Subject, folders: dict[str, Path], expected: Expected) -> None:
+def test_every_fault_is_seen(
+    subject: Subject, folders: dict[str, Path], expected: Expected, whole_matrix: bool
+) -> None:
     name, folder = next(iter(folders.items()))
-    trials = list(subject.trials)
+    trials = subject.faults(whole_matrix)
     assert unseen(trials, run_ranks(run_trials, 2, {name: folder}, trials, subject.kinds), expected) == {}
 
 

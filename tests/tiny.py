@@ -15,9 +15,21 @@ from diffusers import (
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3Model
+from tokenizers import pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from darkroom.models.checkpoint import DEMO
 
@@ -148,6 +160,126 @@ def ovis_image(folder: Path, *, heads: int = 4, dtype: torch.dtype = torch.float
         "scheduler": _shifting_scheduler(),
     }
     return _save(folder, "OvisImagePipeline", parts, dtype)
+
+
+def sd3(
+    folder: Path,
+    *,
+    heads: int = 4,
+    dual: bool = True,
+    qk_norm: str | None = "rms_norm",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A Stable Diffusion 3.5 pipeline of `heads` x 16: with `dual` attention in some blocks as medium has it, without
+    as large; and as 3 without `qk_norm` too."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        in_channels=16,
+        num_layers=3,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=heads,
+        joint_attention_dim=64,
+        caption_projection_dim=HEAD_DIM * heads,
+        pooled_projection_dim=48,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0, 1) if dual else (),
+        qk_norm=qk_norm,
+    )
+    transformer.pos_embed.pos_embed += 0.1 * torch.randn_like(transformer.pos_embed.pos_embed)  # not what is computed
+    vae = _vae()
+    with torch.no_grad():  # pictures within [-1, 1], as a trained one makes them
+        vae.decoder.conv_out.weight *= 0.25
+    parts = {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": _clip(24, 3),
+        "text_encoder_2": _clip(32, 4),
+        "text_encoder_3": _t5(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "tokenizer_3": _t5_tokenizer(),
+    }
+    clip = ["transformers", "CLIPTokenizer"]
+    _save(folder, "StableDiffusion3Pipeline", parts, dtype, tokenizer=clip, tokenizer_2=clip)
+    shutil.rmtree(folder / "tokenizer")
+    for name in ("tokenizer", "tokenizer_2"):
+        _clip_tokenizer(folder / name)
+    config = folder / "text_encoder_3" / "config.json"  # as the real one has it; the class writes what it changed
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_cache": True, "is_encoder_decoder": True}))
+    return folder
+
+
+def _clip(width: int, heads: int) -> CLIPTextModelWithProjection:
+    torch.manual_seed(width)
+    tokens = len(_clip_vocabulary())
+    config = CLIPTextConfig(
+        vocab_size=tokens,
+        hidden_size=width,
+        intermediate_size=50,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        projection_dim=24,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
+        pad_token_id=tokens - 1,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def _clip_vocabulary() -> dict[str, int]:
+    """Bytes inside a word, bytes at its end, and what merges make of them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merged = ["".join(pair) for pair in _CLIP_MERGES]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *merged, "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+_CLIP_MERGES = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>")]
+
+
+def _clip_tokenizer(folder: Path) -> None:
+    """As the hub has it: without tokenizer.json."""
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(_clip_vocabulary()))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in _CLIP_MERGES), ""]))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": 77,
+                "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>",
+            }
+        )
+    )
+
+
+def _t5() -> T5EncoderModel:
+    """5 heads, which no number of ranks divides."""
+    torch.manual_seed(2)
+    config = T5Config(
+        vocab_size=len(_t5_tokenizer()),
+        d_model=64,
+        d_kv=16,
+        d_ff=90,
+        num_layers=2,
+        num_heads=5,
+        feed_forward_proj="gated-gelu",
+    )
+    model = T5EncoderModel(config)
+    with torch.no_grad():  # large enough to matter
+        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_(std=2.0)
+    return model
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    """Single characters, and two words."""
+    pieces = ["\u2581", *map(chr, range(33, 127)), "\u2581cat", "\u2581red"]
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    vocabulary = [*special, *((piece, -3.0) for piece in pieces)]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
 def _flux_form(cls: Any, heads: int) -> Any:

@@ -26,6 +26,8 @@ class Capabilities(BaseModel):
     size_multiple: int
     """Width and height must be multiples of this."""
     min_edge: int
+    max_edge: int | None = None
+    """The longest edge; None where only `max_pixels` limits it."""
     max_pixels: int
     default_size: tuple[int, int]
     """(width, height) of `size: "auto"`."""
@@ -223,6 +225,8 @@ class Capabilities(BaseModel):
             )
         if min(width, height) < self.min_edge:
             raise RequestError(f"Invalid size {size}: each edge must be at least {self.min_edge} pixels.", param="size")
+        if self.max_edge and max(width, height) > self.max_edge:
+            raise RequestError(f"Invalid size {size}: each edge must be at most {self.max_edge} pixels.", param="size")
         if width * height > self.max_pixels:
             raise RequestError(
                 f"Invalid size {size}: {width * height} pixels, and this model makes at most {self.max_pixels}.",

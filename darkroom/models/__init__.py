@@ -5,6 +5,7 @@ from .longcat_image import LongCatImage, LongCatImageEdit
 from .ovis_image import OvisImage
 from .qwen_image import QwenImage
 from .qwen_image_edit import QwenImageEdit, QwenImageEditPlus, QwenImageLayered
+from .sd3 import StableDiffusion3
 from .z_image import ZImage
 
 FAMILIES: tuple[type[Model], ...] = (
@@ -16,6 +17,7 @@ FAMILIES: tuple[type[Model], ...] = (
     LongCatImage,
     LongCatImageEdit,
     OvisImage,
+    StableDiffusion3,
 )
 
 MODELS: dict[str, type[Model]] = {name: family for family in FAMILIES for name in family.pipelines}

@@ -48,6 +48,10 @@ class Component:
     """What a key of the checkpoint begins with, and what the class has there; keys with none of these are left out."""
     leave_out: tuple[str, ...] = ()
     """Prefixes of keys that the class has no use for."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the class's configuration holds whatever config.json says."""
+    processor: Callable[[], Any] | None = None
+    """Makes an attention processor, one for each module that attends, instead of the class's own."""
 
     def rename(self, key: str) -> str | None:
         """A checkpoint's key -> the parameter's name, or None for what the class has no use for."""
@@ -119,6 +123,8 @@ class Model(ABC):
     """Files beside the components that the pipeline needs: of each entry, one of the alternatives."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that no request needs: they may be missing, and are not loaded."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Parts of the pipeline that a checkpoint may do without: its model_index.json then names no class for them."""
 
     def __init__(
         self,
@@ -226,15 +232,16 @@ class Model(ABC):
     def new_scheduler(self) -> Any:
         return deepcopy(self.pipe.scheduler)
 
-    def shifted_scheduler(self, sigmas: Any, image_tokens: int) -> Any:
-        """A sample's own scheduler over `sigmas`, which large pictures shift towards the noise, as the stock
-        pipelines' `calculate_shift` does it (https://arxiv.org/abs/2403.03206, section 5.3.2)."""
+    def shifted_scheduler(self, sigmas: Any, image_tokens: int, steps: int | None = None) -> Any:
+        """A sample's own scheduler over `sigmas`, or over `steps` of its own, which large pictures shift towards the
+        noise, as the stock pipelines' `calculate_shift` does it (https://arxiv.org/abs/2403.03206, section 5.3.2)."""
         scheduler = self.new_scheduler()
         option = scheduler.config.get
         low, high = option("base_image_seq_len", 256), option("max_image_seq_len", 4096)
         base, most = option("base_shift", 0.5), option("max_shift", 1.15)
         slope = (most - base) / (high - low)
-        scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=image_tokens * slope + (base - slope * low))
+        mu = image_tokens * slope + (base - slope * low)
+        scheduler.set_timesteps(steps, sigmas=sigmas, device=self.device, mu=mu)
         scheduler.set_begin_index(0)
         return scheduler
 

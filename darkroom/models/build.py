@@ -30,8 +30,11 @@ logger = logging.getLogger(__name__)
 def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Model:
     """This rank's `Model`. Raises `ConfigError` for a checkpoint that does not fit, ValueError for a wrong plan."""
     family = checkpoint.family
-    parts: dict[str, Any] = {**dict.fromkeys(family.unused), **family.processors(checkpoint.folder)}
-    for name, component in family.components.items():
+    parts: dict[str, Any] = {
+        **dict.fromkeys([*family.unused, *checkpoint.absent]),
+        **family.processors(checkpoint.folder),
+    }
+    for name, component in checkpoint.components.items():
         axis = _axis(component, mesh)
         parts[name] = _component(checkpoint, name, axis, device, dtype) if axis else _absent(checkpoint, name, dtype)
     _spread_attention(parts["transformer"], family.components["transformer"], config, mesh)
@@ -75,9 +78,19 @@ def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.
         if component.module.startswith("diffusers."):
             module: nn.Module = cls.from_config(config)
         else:
-            hf_config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            hf_config: Any = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, **component.settings
+            )
             module = cls._from_config(getattr(hf_config, component.section) if component.section else hf_config)
+    use_processors(module, component)
     return module
+
+
+def use_processors(module: nn.Module, component: Component) -> None:
+    """Let the module attend with the component's processors, if it has any of its own."""
+    if component.processor:
+        attending: Any = module
+        attending.set_attn_processor({name: component.processor() for name in attending.attn_processors})
 
 
 def _spread_attention(module: nn.Module | None, component: Component, config: EngineConfig, mesh: Mesh) -> None:

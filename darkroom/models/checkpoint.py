@@ -38,6 +38,8 @@ class Checkpoint:
     folder: Path
     family: type[Model]
     capabilities: Capabilities
+    absent: frozenset[str] = frozenset()
+    """The family's optional parts that this checkpoint does without."""
     repository: str | None = None
     """The hub id, where the folder is the hub's snapshot: it may lack the weights until `pin`."""
 
@@ -52,18 +54,26 @@ class Checkpoint:
             raise ConfigError(f"'{model}' is a {name}, which no model family runs; known: {', '.join(sorted(MODELS))}")
         family = MODELS[name]
         named = [part for part, classes in index.items() if isinstance(classes, list) and any(classes)]
+        absent = frozenset(family.optional).difference(named)
         for part in [*family.components, *named]:
-            if part not in family.unused and not (folder / part).is_dir():
+            if part not in {*family.unused, *absent} and not (folder / part).is_dir():
                 raise ConfigError(f"'{model}' is incomplete: the folder {part}/ is missing")
         for choices in family.files:
+            if choices[0][0].partition("/")[0] in absent:
+                continue
             if not any(all((folder / file).is_file() for file in files) for files in choices):
                 raise ConfigError(f"'{model}' is incomplete: {' and '.join(choices[0])} is missing")
-        return cls(folder, family, _capabilities(family, folder), None if local else model)
+        return cls(folder, family, _capabilities(family, folder), absent, None if local else model)
+
+    @cached_property
+    def components(self) -> dict[str, Component]:
+        """Those of the family's that this checkpoint has."""
+        return {name: component for name, component in self.family.components.items() if name not in self.absent}
 
     @cached_property
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """config.json by component: the section that describes its class."""
-        return {name: self._config(name, component) for name, component in self.family.components.items()}
+        return {name: self._config(name, component) for name, component in self.components.items()}
 
     def _config(self, name: str, component: Component) -> Mapping[str, Any]:
         config = _read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
@@ -99,7 +109,7 @@ class Checkpoint:
     def _missing_weights(self, repository: str) -> list[str]:
         """The files of components that are not, or half, fetched yet."""
         files = []
-        for name in self.family.components:
+        for name in self.components:
             try:
                 find_weights(self.folder / name)
             except ConfigError:
@@ -130,11 +140,11 @@ class Checkpoint:
 
     def footprint(self, config: ParallelConfig, dtype: str) -> list[dict[str, int]]:
         """Bytes of weights by rank and component."""
-        tensors = {name: self.tensors(name) for name in self.family.components}
+        tensors = {name: self.tensors(name) for name in self.components}
         ranks: list[dict[str, int]] = []
         for rank in range(config.world_size):
             held = {}
-            for name, component in self.family.components.items():
+            for name, component in self.components.items():
                 size, place = _share(component, config, rank)
                 plan, section = component.plan, self.configs[name]
                 held[name] = elements_per_rank(tensors[name], plan, section, size, place) * _BYTES[dtype] if size else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from darkroom.parallel.plan import (
     Colwise,
     EmbeddingColumns,
+    HeadBias,
     Heads,
     KeyValueGroups,
     LocalHeads,
@@ -84,6 +85,44 @@ QWEN3 = Component(
     ranks="world",
     prefixes={"model.": "", "": ""},
     leave_out=("lm_head.",),
+)
+
+_CLIP_HEADS, _CLIP_LAYER = Heads("num_attention_heads"), "text_model.encoder.layers.*"
+
+CLIP = Component(  # position_ids are counted by the class; transformers before 4.31 stored them
+    module="transformers.models.clip.modeling_clip",
+    name="CLIPTextModelWithProjection",
+    plan=Plan(
+        tensor={
+            "text_model.embeddings.token_embedding": EmbeddingColumns(),
+            **{f"{_CLIP_LAYER}.self_attn.{name}_proj": Colwise(_CLIP_HEADS) for name in "qkv"},
+            f"{_CLIP_LAYER}.self_attn.out_proj": Rowwise(_CLIP_HEADS),
+            f"{_CLIP_LAYER}.mlp.fc1": Colwise(),
+            f"{_CLIP_LAYER}.mlp.fc2": Rowwise(),
+        }
+    ),
+    ranks="world",
+    leave_out=("text_model.embeddings.position_ids",),
+)
+
+_T5_HEADS, _T5_LAYER = Heads("num_heads"), "block.*.layer"
+
+T5 = Component(  # the encoder alone: the class around it has the embedding table twice
+    module="transformers.models.t5.modeling_t5",
+    name="T5Stack",
+    plan=Plan(
+        tensor={
+            "embed_tokens": EmbeddingColumns(),
+            **{f"{_T5_LAYER}.0.SelfAttention.{name}": Colwise(_T5_HEADS) for name in "qkv"},
+            f"{_T5_LAYER}.0.SelfAttention.o": Rowwise(_T5_HEADS),
+            "block.0.layer.0.SelfAttention.relative_attention_bias": HeadBias(_T5_HEADS),  # for the other layers too
+            **{f"{_T5_LAYER}.1.DenseReluDense.{name}": Colwise() for name in ("wi_0", "wi_1")},
+            f"{_T5_LAYER}.1.DenseReluDense.wo": Rowwise(),
+        }
+    ),
+    ranks="world",
+    prefixes={"encoder.": "", "shared.": "embed_tokens."},
+    settings={"use_cache": False},  # which an encoder refuses, and config.json asks for
 )
 
 

@@ -144,7 +144,7 @@ def load(
     """
     import torch
 
-    wanted = {**dict(module.named_parameters()), **_meta_buffers(module)}
+    wanted = {**dict(module.named_parameters()), **_stored_buffers(module, tensors)}
     if missing := [name for name in wanted if name not in tensors]:
         raise ConfigError(f"the checkpoint has no '{missing[0]}' for {type(module).__name__} ({len(missing)} missing)")
 
@@ -170,11 +170,14 @@ def load(
         read = sum(pool.map(_on_own_stream(fill, device), wanted))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return Report(read, sum(parameter.numel() for parameter in module.parameters()))
+    state = module.state_dict()
+    return Report(read, sum(state[name].numel() for name in wanted))
 
 
-def _meta_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_meta}
+def _stored_buffers(module: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+    """The buffers to be read: those that the checkpoint holds, and those that the class has not computed."""
+    kept = module.state_dict().keys() & tensors.keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept or buffer.is_meta}
 
 
 def _unexpected(module: nn.Module, tensors: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -76,6 +76,13 @@ class EmbeddingColumns:
 
 
 @dataclass(frozen=True)
+class HeadBias:
+    """Cut an embedding whose columns are one per head; nothing is gathered."""
+
+    heads: Heads
+
+
+@dataclass(frozen=True)
 class KeyValueGroups:
     """Set the module's attribute `name` to the query heads per key/value head that this rank holds."""
 
@@ -102,7 +109,7 @@ class LocalWidth:
 
 
 AttributeStyle = KeyValueGroups | LocalHeads | LocalWidth
-TensorStyle = Colwise | Rowwise | EmbeddingColumns | AttributeStyle
+TensorStyle = Colwise | Rowwise | EmbeddingColumns | HeadBias | AttributeStyle
 
 # ---- sequence parallelism --------------------------------------------------------------------------------------
 
@@ -149,10 +156,21 @@ class Plan:
     sequence: Mapping[str, SequenceRule] = field(default_factory=dict)
     attention: Sequence[str] = ()
     """Sequence parallelism: the modules that attend over all ranks' tokens; by default every one with a processor."""
+    streams: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Sequence parallelism: the streams that an attention module joins, where they are not all."""
     whole_rows: Sequence[str] = ()
     """Spatial parallelism: modules that need all rows of the picture at once, such as attention."""
+    optional: Sequence[str] = ()
+    """Modules that not every checkpoint has: in one without, what the plan says of them and of what is in them may
+    match nothing."""
     spatial: str | None = None
     """Spatial parallelism: the submodule whose convolutions exchange rows; None where there is no such plan."""
+
+
+def may_lack(plan: Plan, pattern: str, paths: Iterable[str]) -> bool:
+    """Whether the plan's key stands for a module, or for what is in one, that is optional and not among `paths`."""
+    inside = [module for module in plan.optional if f"{pattern}.".startswith(f"{module}.")]
+    return any(not any(matches(module, path) for path in paths) for module in inside)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -233,6 +251,8 @@ def cut_parameter(
             return _cut(1, shape, heads, False, config, size, rank)
         case EmbeddingColumns():
             return _cut(1, shape, None, False, config, size, rank)
+        case HeadBias(heads=heads):
+            return _cut(1, shape, heads, False, config, size, rank)
     return None
 
 

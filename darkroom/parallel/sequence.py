@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,15 @@ from torch import nn
 
 from .attention import LocalAttention, attend, sdpa
 from .mesh import Axis, Mesh
-from .plan import Plan, SequenceParallelInput, SequenceParallelOutput, SequenceRule, chunk_sizes, matches
+from .plan import (
+    Plan,
+    SequenceParallelInput,
+    SequenceParallelOutput,
+    SequenceRule,
+    chunk_sizes,
+    matches,
+    may_lack,
+)
 
 
 def sp_shard(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -54,14 +63,17 @@ class SequenceParallel:
         value: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float | None,
+        streams: Sequence[str] = (),
     ) -> torch.Tensor:
-        """Joint attention over all streams of all ranks. [B, s, H, D]; `mask` [B, s] is over this rank's keys."""
-        parts = [chunk_sizes(length, self.axis.size) for length in self.lengths.values()]
+        """Joint attention over the streams of all ranks, or over some of them. [B, s, H, D]; `mask` [B, s] is over
+        this rank's keys."""
+        lengths = {name: length for name, length in self.lengths.items() if not streams or name in streams}
+        parts = [chunk_sizes(length, self.axis.size) for length in lengths.values()]
         sizes = [sum(stream) for stream in zip(*parts, strict=True)]
         mine = sizes[self.axis.rank] if sizes else 0
         if query.shape[1] != mine or key.shape[1] != mine:
             raise RuntimeError(
-                f"attention of {query.shape[1]} tokens over {key.shape[1]}, but the streams {self.lengths} give this "
+                f"attention of {query.shape[1]} tokens over {key.shape[1]}, but the streams {lengths} give this "
                 f"rank {mine}: the plan lacks a stream, or covers a module that it should not"
             )
         return attend(query, key, value, mask, scale, sizes, self.mesh.ulysses, self.mesh.ring, self.local)
@@ -80,7 +92,7 @@ class SequenceParallel:
                     self._gather_output(child, pattern, rule, streams)
                 else:
                     self._split(child, pattern, rule)
-        _connect_attention(module, self, plan.attention)
+        _connect_attention(module, self, plan, streams)
 
     def _split(self, module: nn.Module, pattern: str, rule: Mapping[str | int, SequenceParallelInput]) -> None:
         inputs = {key: entry for key, entry in rule.items() if isinstance(key, str) and not entry.split_output}
@@ -173,20 +185,55 @@ def _local_attention(backend: AttentionBackendName) -> LocalAttention:
     return partial(dispatch_attention_fn, backend=backend)
 
 
-def _connect_attention(module: nn.Module, parallel: SequenceParallel, patterns: Sequence[str]) -> None:
-    """Give the parallel object to the attention modules that the patterns name; to all of them without patterns."""
+@dataclass(frozen=True)
+class _SomeStreams:
+    """The parallel object of an attention module that joins some of the streams only."""
+
+    parallel: SequenceParallel
+    names: Sequence[str]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        return self.parallel.attend(query, key, value, mask, scale, self.names)
+
+
+def _connect_attention(module: nn.Module, parallel: SequenceParallel, plan: Plan, known: Sequence[str]) -> None:
+    """Give the parallel object to the attention modules that the plan names; to all of them where it names none."""
     attending = {path: child for path, child in module.named_modules() if hasattr(child, "processor")}
-    if patterns:
-        attending = {path: child for pattern in patterns for path, child in _named(module, pattern).items()}
+    if plan.attention:
+        attending = {path: child for pattern in plan.attention for path, child in _named(module, pattern).items()}
     processors = {path: child.processor for path, child in attending.items()}
     if not processors:
         raise ValueError(f"{type(module).__name__} has no attention processor to give the parallel object to")
-    backend = _registered_backend()
+    backend, streams = _registered_backend(), _streams_of(module, plan, known)
+    if strange := [path for path in streams if path not in processors]:
+        raise ValueError(
+            f"the plan names the streams of '{strange[0]}', which does not attend over other ranks' tokens"
+        )
     for path, processor in processors.items():
         if not hasattr(processor, "_parallel_config"):  # it would attend over this rank's tokens only: silently wrong
             raise ValueError(f"'{path}' attends with {type(processor).__name__}, which takes no parallel object")
-        processor._parallel_config = parallel
+        names = streams.get(path)
+        processor._parallel_config = _SomeStreams(parallel, names) if names else parallel
         processor._attention_backend = backend
+
+
+def _streams_of(module: nn.Module, plan: Plan, known: Sequence[str]) -> dict[str, Sequence[str]]:
+    """The streams that are joined by each attention module which does not join all of them, by its path."""
+    streams: dict[str, Sequence[str]] = {}
+    paths = [path for path, _ in module.named_modules()]
+    for pattern, names in plan.streams.items():
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"the plan lets '{pattern}' attend over '{unknown[0]}'; known: {', '.join(known)}")
+        if not may_lack(plan, pattern, paths):
+            streams |= dict.fromkeys(_named(module, pattern), names)
+    return streams
 
 
 def _registered_backend() -> AttentionBackendName:

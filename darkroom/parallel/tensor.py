@@ -28,6 +28,7 @@ from .plan import (
     head_layout,
     local_width,
     matches,
+    may_lack,
 )
 
 
@@ -43,7 +44,7 @@ def shard(module: nn.Module, plan: Plan, config: Mapping[str, Any], axis: Axis) 
     cut: dict[str, str] = {}
     for pattern, style in plan.tensor.items():
         found = [path for path in children if matches(pattern, path)]
-        if not found:
+        if not found and not may_lack(plan, pattern, children):
             raise ValueError(f"the plan names '{pattern}', but {type(module).__name__} has no such module")
         for path in found:
             needed = style.name if isinstance(style, AttributeStyle) else "weight"

@@ -82,6 +82,15 @@ def test_sizes_that_are_not(width: int, height: int, message: str) -> None:
     assert caught.value.param == "size"
 
 
+def test_an_edge_may_have_a_limit_of_its_own() -> None:
+    limited = CAPABILITIES.override({"max_edge": 1024})
+    assert limited.resolve("a cat", SamplingParams(width=256, height=1024)).height == 1024
+    for params in (SamplingParams(width=1040, height=64), SamplingParams(width=64, height=1040)):
+        with pytest.raises(RequestError, match="each edge must be at most 1024 pixels") as caught:
+            limited.resolve("a cat", params)
+        assert caught.value.param == "size"
+
+
 def test_one_edge_may_be_given_alone() -> None:
     assert (resolve(width=64).width, resolve(width=64).height) == (64, 128)
 

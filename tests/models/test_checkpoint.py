@@ -211,7 +211,7 @@ LAYOUTS: dict[int, list[dict[str, int]]] = {
 
 
 def held(rank: int, size: int, folders: list[Path]) -> list[dict[str, int]]:
-    """Bytes of parameters of every component that this rank has loaded, for each checkpoint and layout."""
+    """Bytes of weights of every component that this rank has loaded, for each checkpoint and layout."""
     results = []
     for folder in folders:
         for layout in LAYOUTS[size]:
@@ -222,7 +222,7 @@ def held(rank: int, size: int, folders: list[Path]) -> list[dict[str, int]]:
 
 
 def size_of(module: torch.nn.Module | None) -> int:
-    return sum(x.numel() * x.element_size() for x in module.parameters()) if module else 0
+    return sum(x.numel() * x.element_size() for x in module.state_dict().values()) if module else 0
 
 
 @pytest.mark.parametrize("size", LAYOUTS)

@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from darkroom.configs import ParallelConfig
+from darkroom.configs.pictures import load_picture
 from darkroom.models.base import Component
 from darkroom.models.checkpoint import Checkpoint
-from darkroom.models.text_encoders import QWEN2_5_VL, QWEN3
+from darkroom.models.text_encoders import CLIP, QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, QWEN3, T5
+from tests.faults import parts_are_cut_as_one
+from tests.golden import TOLERANCE, picture_file, worker
+from tests.ranks import run_ranks
 
 LAYER = "layers.0.mlp.up_proj.weight"
 
@@ -23,9 +28,20 @@ LAYER = "layers.0.mlp.up_proj.weight"
         (QWEN2_5_VL, "visual.blocks.0.mlp.up_proj.weight", None),
         (QWEN2_5_VL, "model.visual.blocks.0.mlp.up_proj.weight", None),
         (QWEN2_5_VL, "lm_head.weight", None),
+        (QWEN2_5_VL_WITH_VISION, f"model.{LAYER}", f"language_model.{LAYER}"),
+        (QWEN2_5_VL_WITH_VISION, f"model.language_model.{LAYER}", f"language_model.{LAYER}"),
+        (QWEN2_5_VL_WITH_VISION, "visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
+        (QWEN2_5_VL_WITH_VISION, "model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
+        (QWEN2_5_VL_WITH_VISION, "lm_head.weight", None),
         (QWEN3, LAYER, LAYER),
         (QWEN3, f"model.{LAYER}", LAYER),  # of the class that has logits
         (QWEN3, "lm_head.weight", None),
+        (CLIP, "text_projection.weight", "text_projection.weight"),
+        (CLIP, "text_model.embeddings.position_ids", None),  # as transformers wrote it before 4.31
+        (T5, "shared.weight", "embed_tokens.weight"),
+        (T5, "encoder.embed_tokens.weight", "embed_tokens.weight"),
+        (T5, "encoder.block.0.layer.1.DenseReluDense.wo.weight", "block.0.layer.1.DenseReluDense.wo.weight"),
+        (T5, "decoder.embed_tokens.weight", None),
     ],
 )
 def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str | None) -> None:
@@ -33,13 +49,51 @@ def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str 
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen_image_4_heads", "z_image_4_heads", "longcat_image_4_heads", "ovis_image_4_heads"]
+    ("name", "encoder"),
+    [
+        ("qwen_image_4_heads", "text_encoder"),
+        ("qwen_image_edit_4_heads", "text_encoder"),
+        ("z_image_4_heads", "text_encoder"),
+        ("longcat_image_4_heads", "text_encoder"),
+        ("ovis_image_4_heads", "text_encoder"),
+        ("sd3_4_heads", "text_encoder"),
+        ("sd3_4_heads", "text_encoder_2"),
+        ("sd3_4_heads", "text_encoder_3"),
+    ],
 )
-def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, checkpoints: dict[str, Path]) -> None:
+def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str, checkpoints: dict[str, Path]) -> None:
     checkpoint = Checkpoint.open(str(checkpoints[name]))
-    component = checkpoint.family.components["text_encoder"]
+    component = checkpoint.family.components[encoder]
     cls = getattr(importlib.import_module(component.module), component.name)
     with torch.device("meta"):
-        module = cls(cls.config_class(**checkpoint.configs["text_encoder"]))
-    shapes = {key: stored.shape for key, stored in checkpoint.tensors("text_encoder").items()}
+        module = cls(cls.config_class(**checkpoint.configs[encoder]))
+    shapes = {key: stored.shape for key, stored in checkpoint.tensors(encoder).items()}
     assert shapes == {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+
+
+def see(rank: int, size: int, folder: Path) -> torch.Tensor:
+    """What the encoder makes of a picture and a text."""
+    cell = {"tp": size} if size > 1 else {}
+    with worker(folder, ParallelConfig.model_validate(cell), rank) as one:
+        pipe = one.model.pipe
+        pictures = [load_picture(picture_file(112, 84))]
+        inputs = pipe.processor(
+            text=["<|vision_start|><|image_pad|><|vision_end|> b"], images=pictures, return_tensors="pt"
+        )
+        return pipe.text_encoder(**inputs).last_hidden_state.clone()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_vision_tower_on_ranks_is_one_process(size: int, checkpoints: dict[str, Path]) -> None:
+    """Two heads: the third rank has one of zeros."""
+    folder = checkpoints["qwen_image_edit_4_heads"]
+    alone = see(0, 1, folder)
+    for got in run_ranks(see, size, folder):
+        assert float((got - alone).abs().max()) <= TOLERANCE
+    for got in run_ranks(see_with_a_fault, 2, folder):
+        assert float((got - alone).abs().max()) > 10 * TOLERANCE
+
+
+def see_with_a_fault(rank: int, size: int, folder: Path) -> torch.Tensor:
+    with parts_are_cut_as_one():
+        return see(rank, size, folder)

@@ -145,6 +145,20 @@ def test_what_is_loaded_is_in_memory_of_its_own(tmp_path: Path) -> None:
             assert torch.equal(x, before[name])
 
 
+def test_a_buffer_is_as_the_checkpoint_has_it(tmp_path: Path) -> None:
+    """And as the class computes it where the checkpoint has none."""
+    steps = []
+    for tensors in ({"steps": torch.arange(4) * 7}, {}):
+        whole = {name: x for name, x in weights().items() if name != "steps"}
+        with init_empty_weights():
+            module = Zoo()
+        stored = read_headers(find_weights(write(tmp_path, whole | tensors)), str)
+        report = load(module, stored, PLAN, CONFIG, Axis("tp"), CPU, torch.float32)
+        assert report.elements_held == sum(x.numel() for x in (whole | tensors).values())
+        steps.append(module.steps.tolist())
+    assert steps == [[0, 7, 14, 21], [0, 1, 2, 3]]
+
+
 def test_nothing_is_left_without_numbers(tmp_path: Path) -> None:
     module, _ = loaded(write(tmp_path, weights()), Axis("tp", 2, 0))
     assert not any(x.is_meta or x.requires_grad for x in (*module.parameters(), *module.buffers()))

@@ -14,6 +14,7 @@ from darkroom.parallel.plan import (
     Colwise,
     Cut,
     EmbeddingColumns,
+    HeadBias,
     Heads,
     KeyValueGroups,
     LocalHeads,
@@ -27,6 +28,7 @@ from darkroom.parallel.plan import (
     head_layout,
     lookup,
     matches,
+    may_lack,
     style_of,
 )
 
@@ -91,6 +93,25 @@ def test_the_first_style_that_matches_counts_and_groups_are_none() -> None:
     assert style_of(plan, "b") == Colwise()
     assert style_of(plan, "b.c") == Rowwise()
     assert style_of(plan, "b.c.d") is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "lacking"),
+    [
+        ("blocks.*.second", True),
+        ("blocks.*.second.to_q", True),
+        ("blocks.*.second.to_out.0", True),
+        ("blocks.*.secondary", False),  # another name
+        ("blocks.*.first", False),
+        ("blocks.*", False),  # around it
+        ("head.to_q", False),  # of a module that is optional, and there
+    ],
+)
+def test_only_what_is_optional_may_be_lacking(pattern: str, lacking: bool) -> None:
+    plan = Plan(optional=("blocks.*.second", "head"))
+    assert may_lack(plan, pattern, ["blocks.0", "blocks.0.first", "head"]) is lacking
+    assert not may_lack(plan, pattern, ["blocks.0", "blocks.0.first", "blocks.1.second", "head"])
+    assert not may_lack(Plan(), pattern, [])
 
 
 def test_a_key_with_dots_descends() -> None:
@@ -217,6 +238,16 @@ def test_embeddings_are_cut_by_feature() -> None:
     parts = [take(table, cut) for cut in cuts(EmbeddingColumns(), "weight", (5, 10), 4, {})]
     assert [part.shape for part in parts] == [(5, 3)] * 4
     assert torch.equal(torch.cat(parts, 1)[:, :10], table)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+def test_biases_go_with_their_heads(size: int) -> None:
+    """The columns of a rank are those of the heads that `Colwise` gives it; heads of zeros have none."""
+    table, numbers = torch.randn(8, 5), config(5)
+    for rank, cut in enumerate(cuts(HeadBias(PLAIN), "weight", (8, 5), size, numbers)):
+        mine = head_layout(PLAIN, numbers, size, rank)[0]
+        columns = [torch.zeros(8) if head is None else table[:, head] for head in mine]
+        assert torch.equal(take(table, cut), torch.stack(columns, 1))
 
 
 def test_what_is_not_cut_has_no_cut() -> None:

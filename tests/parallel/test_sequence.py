@@ -35,8 +35,9 @@ class Processor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: Attention, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = attn.qkv(torch.cat([context, x], 1)).unflatten(-1, (3, H, D)).unbind(2)
+    def __call__(self, attn: Attention, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        joint = x if context is None else torch.cat([context, x], 1)
+        q, k, v = attn.qkv(joint).unflatten(-1, (3, H, D)).unbind(2)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(x.shape[:2])], 1)[:, None, None, :]
         out = dispatch_attention_fn(
@@ -58,7 +59,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(C, 3 * C)
         self.processor: Any = Processor()
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None = None) -> Tensor:
         out: Tensor = self.processor(self, x, context, mask)
         return out
 
@@ -79,6 +80,20 @@ class Block(nn.Module):
         return context + out[:, : context.shape[1]], x + out[:, context.shape[1] :]
 
 
+class DualBlock(Block):
+    """And attention over the tokens alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone = Attention()
+
+    def forward(
+        self, x: Tensor, context: Tensor, shift: Tensor, mask: Tensor | None = None, unused: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        context, x = super().forward(x, context, shift, mask, unused)
+        return context, x + self.alone(x, None)
+
+
 class Positions(nn.Module):
     """[S, C] for the tokens and [T, C] for the context, and nothing for what is not there."""
 
@@ -89,12 +104,12 @@ class Positions(nn.Module):
 class Net(nn.Module):
     """Blocks in a list, and in a dictionary one that comes first."""
 
-    def __init__(self, *, refine: bool = True) -> None:
+    def __init__(self, *, refine: bool = True, dual: bool = False) -> None:
         super().__init__()
         self.patch = nn.Linear(3, C)
         self.positions = Positions()
         self.refiners = nn.ModuleDict({"2-1": Block()} if refine else {})
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList([DualBlock() if dual else Block(), Block()])
         self.out, self.context_out = nn.Linear(C, 4), nn.Linear(C, 2)
 
     def forward(
@@ -111,9 +126,9 @@ class Net(nn.Module):
         return self.out(x), self.context_out(context)
 
 
-def net(refine: bool = True) -> Net:
+def net(refine: bool = True, dual: bool = False) -> Net:
     torch.manual_seed(0)
-    return Net(refine=refine).requires_grad_(False)
+    return Net(refine=refine, dual=dual).requires_grad_(False)
 
 
 def inputs(tokens: int = 9, context: int = 5, *, masked: bool = True) -> dict[str, Any]:
@@ -170,6 +185,10 @@ PLANS: dict[str, tuple[bool, dict[str, SequenceRule]]] = {
 }
 
 
+ALONE = {"blocks.*.alone": ("x",)}
+"""What attends over the tokens alone."""
+
+
 @contextmanager
 def attention_stays_local() -> Iterator[None]:
     def attend(_self: Any, q: Tensor, k: Tensor, v: Tensor, _mask: Any, _scale: Any) -> Tensor:
@@ -194,17 +213,18 @@ FAULTS: dict[str, Callable[[], Any]] = {
 def run_plans(rank: int, size: int, layouts: list[dict[str, int]]) -> dict[str, float]:
     worst = {}
 
-    def difference(refine: bool, plan: dict[str, SequenceRule], backend: str = "auto") -> float:
-        module = net(refine)
-        SequenceParallel(module, Plan(sequence=plan), mesh, backend)
+    def difference(refine: bool, plan: dict[str, SequenceRule], backend: str = "auto", dual: bool = False) -> float:
+        module = net(refine, dual)
+        SequenceParallel(module, Plan(sequence=plan, streams=ALONE if dual else {}), mesh, backend)
         values = [inputs(), inputs(masked=False), inputs(4, 1), inputs()]  # one module, pass after pass
-        outs = [(module(**given), net(refine)(**given)) for given in values]
+        outs = [(module(**given), net(refine, dual)(**given)) for given in values]
         return max(float((a - b).abs().max()) for got, want in outs for a, b in zip(got, want, strict=True))
 
     for layout in layouts:
         mesh = Mesh(ParallelConfig.model_validate(layout), rank)
         for name, (refine, plan) in PLANS.items():
             worst[f"{layout} {name}"] = difference(refine, plan)
+        worst[f"{layout} some streams"] = difference(*PLANS["the module itself"], dual=True)
         for name, fault in FAULTS.items():
             with fault():
                 worst[f"{layout} {name}"] = difference(*PLANS["the module itself"])
@@ -219,7 +239,7 @@ def run_plans(rank: int, size: int, layouts: list[dict[str, int]]) -> dict[str, 
 def test_every_way_to_say_it_gives_the_whole_result(layouts: list[dict[str, int]]) -> None:
     size = ParallelConfig.model_validate(layouts[0]).world_size
     for worst in run_ranks(run_plans, size, layouts):
-        assert len(worst) >= len(layouts) * (len(PLANS) + len(FAULTS) + 1)
+        assert len(worst) >= len(layouts) * (len(PLANS) + len(FAULTS) + 2)
         wrong = {name for name, value in worst.items() if not value <= TOLERANCE}
         assert wrong == {f"{layout} {fault}" for layout in layouts for fault in FAULTS}
 
@@ -266,6 +286,31 @@ def applied(module: nn.Module, plan: dict[str, Any]) -> nn.Module:
 def test_a_plan_that_does_not_fit_is_refused(plan: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         applied(net(), plan)
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ({"blocks.*.alone": ("y",)}, r"the plan lets 'blocks\.\*\.alone' attend over 'y'; known: x, context"),
+        ({"blocks.*.second": ("x",)}, r"the plan names 'blocks\.\*\.second', but Net has no such module"),
+        ({"blocks.*": ("x",)}, r"the plan names the streams of 'blocks\.0', which does not attend"),
+    ],
+)
+def test_streams_that_do_not_fit_are_refused(streams: dict[str, Any], message: str) -> None:
+    plan = Plan(sequence={"": {"x": STREAM, "context": STREAM}}, streams=streams)
+    with pytest.raises(ValueError, match=message):
+        SequenceParallel(net(dual=True), plan, first_of_two())
+
+
+def test_streams_of_what_is_optional_may_have_no_module() -> None:
+    plan = Plan(sequence={"": {"x": STREAM, "context": STREAM}}, streams=ALONE, optional=("blocks.*.alone",))
+    SequenceParallel(net(), plan, first_of_two())
+
+
+def test_attention_over_some_streams_must_say_which() -> None:
+    module = applied(net(refine=False, dual=True), {"": {"x": STREAM, "context": STREAM}, **REST})
+    with pytest.raises(RuntimeError, match=r"attention of 5 tokens over 5, but .* give this rank 8"):
+        module(**inputs(masked=False))
 
 
 def test_an_attention_without_the_parallel_object_is_refused() -> None:

@@ -22,6 +22,7 @@ from darkroom.parallel.mesh import Axis, Mesh
 from darkroom.parallel.plan import (
     Colwise,
     EmbeddingColumns,
+    HeadBias,
     Heads,
     KeyValueGroups,
     LocalHeads,
@@ -164,11 +165,29 @@ class Attention(nn.Module):
         return x
 
 
+class Biased(nn.Module):
+    """5 heads of one feature, each weighed by a bias of its own: nothing is gathered."""
+
+    config: dict[str, Any] = {"heads": 5}  # noqa: RUF012 - of a test
+    heads = Heads("heads")
+    plan = Plan(tensor={"to_v": Colwise(heads), "bias": HeadBias(heads), "to_out": Rowwise(heads)})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_v, self.to_out = nn.Linear(6, 5), nn.Linear(5, 6)
+        self.bias = nn.Embedding(11, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.to_out(self.to_v(x) * self.bias((x[..., 0].abs() * 3).long()))
+        return y
+
+
 MODULES: dict[str, Callable[[], Any]] = {
     "mlp": MLP,
     "modulation": Modulation,
     "embedding": Embedding,
     "fused": Fused,
+    "biased": Biased,
     "5 heads": lambda: Attention(5, 5),
     "1 head": lambda: Attention(1, 1),
     "8 heads in 4 groups": lambda: Attention(8, 4),
@@ -310,6 +329,17 @@ def test_one_rank_is_left_as_it_is() -> None:
 def test_a_plan_that_does_not_fit_is_refused(plan: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         shard(MLP(), Plan(tensor=plan), {}, Axis("tp", 2, 0))
+
+
+def test_what_is_optional_may_be_lacking() -> None:
+    """But not what is in it, where it is there."""
+    plan = {"up": Colwise(), "down": Rowwise(), "second.up": Colwise()}
+    module = MLP()
+    shard(module, Plan(tensor=plan, optional=("second",)), {}, Axis("tp", 2, 0))
+    assert module.up.weight.shape == (4, 6)
+    module.second = nn.Sequential()
+    with pytest.raises(ValueError, match=r"the plan names 'second\.up', but MLP has no such module"):
+        shard(module, Plan(tensor=plan, optional=("second",)), {}, Axis("tp", 2, 0))
 
 
 def test_heads_that_do_not_fit_the_layer_are_refused() -> None:

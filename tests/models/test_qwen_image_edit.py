@@ -1,0 +1,67 @@
+"""Qwen-Image's edits and layers beyond what test_matrix compares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from darkroom.configs import ConfigError, ParallelConfig, SamplingParams
+from darkroom.models.checkpoint import Checkpoint
+from darkroom.models.qwen_image_edit import QwenImageEditPlus
+from tests.golden import TOLERANCE, difference, generate, request, worker
+from tests.subjects import OTHER, TALL, WIDE
+
+
+def test_a_batch_of_unequal_pictures_is_each_alone(checkpoints: dict[str, Path]) -> None:
+    both = [
+        request("a cat", task="edit", images=(WIDE, OTHER)),
+        request("a very large orange house", task="edit", images=(TALL,), seed=1),
+    ]
+    with worker(checkpoints["qwen_image_edit_plus_2511"], ParallelConfig()) as one:
+        assert difference(generate(one, both, batched=True), generate(one, both)) <= TOLERANCE
+
+
+def test_the_order_of_pictures_matters(checkpoints: dict[str, Path]) -> None:
+    with worker(checkpoints["qwen_image_edit_plus_2511"], ParallelConfig()) as one:
+        there = generate(one, [request(task="edit", images=(WIDE, OTHER))])
+        back = generate(one, [request(task="edit", images=(OTHER, WIDE))])
+    assert difference(there, back) > 10 * TOLERANCE
+
+
+def test_every_layer_is_a_transparent_picture(checkpoints: dict[str, Path]) -> None:
+    with worker(checkpoints["qwen_image_layered_4_heads"], ParallelConfig()) as one:
+        [(_, decoded)] = generate(one, [request(task="layered", images=(WIDE,), layers=3)]).values()
+        assert decoded is not None and decoded.shape == (1, 3, 4, 80, 112)
+        layers = one.model.pictures(decoded)
+    assert [(layer.mode, layer.size) for layer in layers] == [("RGBA", (112, 80))] * 3
+
+
+def test_areas_are_options_of_the_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Pictures are as large as the stock pipelines make them, unless darkroom.json says otherwise."""
+    stock = QwenImageEditPlus.capabilities
+    assert (stock.image_area, stock.condition_area) == (1024 * 1024, 384 * 384)
+    folder = Path(shutil.copytree(checkpoints["qwen_image_edit_plus_2511"], tmp_path / "model"))
+    (folder / "darkroom.json").write_text(json.dumps({"image_area": 64 * 64, "condition_area": 64 * 64}))
+    with worker(folder, ParallelConfig()) as one:
+        sample = one.model.prepare(request(task="edit", images=(WIDE, TALL)))
+    assert sample.branches[0]["img_shapes"] == [(1, 5, 7), (1, 4, 6), (1, 4, 4)]
+    assert sample.context is not None and sample.context.shape[1] == 4 * 6 + 4 * 4
+    wanted = Checkpoint.open(str(folder)).capabilities.resolve("a cat", SamplingParams(images=(WIDE,)))
+    assert (wanted.width, wanted.height) == (96, 64)
+
+
+def test_what_reads_pictures_must_be_there(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["qwen_image_edit_4_heads"], tmp_path / "model"))
+    (folder / "processor" / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"incomplete: processor/preprocessor_config\.json is missing"):
+        Checkpoint.open(str(folder))
+
+
+def test_the_vision_tower_is_cut_over_all_ranks(checkpoints: dict[str, Path]) -> None:
+    checkpoint = Checkpoint.open(str(checkpoints["qwen_image_edit_4_heads"]))
+    whole = checkpoint.footprint(ParallelConfig(), "float32")[0]["text_encoder"]
+    halves = checkpoint.footprint(ParallelConfig.model_validate({"usp": 2}), "float32")
+    assert all(rank["text_encoder"] < 0.65 * whole for rank in halves)
