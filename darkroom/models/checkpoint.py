@@ -138,6 +138,17 @@ class Checkpoint:
                 f"the transformer has {heads}; use a product of at most {heads}, and --ring for more ranks"
             )
 
+    def notes(self, config: ParallelConfig) -> list[str]:
+        """What an operator would want to know of degrees that are no error."""
+        model, degree = self.capabilities, config.cfg_parallel_size
+        if degree == 1 or model.guidance_scale > model.no_guidance:
+            return []
+        return [
+            f"--cfg {degree}: {model.family} draws without guidance unless a request sets {model.guidance_parameter} above "
+            f"{model.no_guidance:g}; until then the {degree} groups of ranks all do the same work. "
+            f"--usp {degree * config.ulysses_degree} would share it"
+        ]
+
     def footprint(self, config: ParallelConfig, dtype: str) -> list[dict[str, int]]:
         """Bytes of weights by rank and component."""
         tensors = {name: self.tensors(name) for name in self.components}
