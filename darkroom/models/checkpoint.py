@@ -144,8 +144,9 @@ class Checkpoint:
         if degree == 1 or model.guidance_scale > model.no_guidance:
             return []
         return [
-            f"--cfg {degree}: {model.family} draws without guidance unless a request sets {model.guidance_parameter} above "
-            f"{model.no_guidance:g}; until then the {degree} groups of ranks all do the same work. "
+            f"--cfg {degree}: {model.family} draws without guidance unless a request sets "
+            f"{model.guidance_parameter} above {model.no_guidance:g}; "
+            f"until then the {degree} groups of ranks all do the same work. "
             f"--usp {degree * config.ulysses_degree} would share it"
         ]
 
