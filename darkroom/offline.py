@@ -146,8 +146,8 @@ class Darkroom:
                             on_progress(done, total)
                     case Finished(id=id):
                         finished[id] = event
-                    case Failed(error=error):
-                        raise GenerationError(error)
+                    case Failed(error=error, refusal=refusal):
+                        raise refusal.as_error() if refusal else GenerationError(error)
         finally:
             for id in set(ids) - set(finished):
                 self._send(Cancel(id=id))

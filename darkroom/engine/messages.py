@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request
 
 
@@ -72,9 +73,28 @@ class Finished(Message, frozen=True):
     """Seconds by stage: queue, prepare, denoise, decode, encode."""
 
 
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """A `RequestError` on the wire: the request's own fault, such as a picture that cannot be decoded."""
+
+    message: str
+    param: str | None
+    code: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal | None:
+        if not isinstance(error, RequestError):
+            return None
+        return cls(message=str(error), param=error.param, code=error.code)
+
+    def as_error(self) -> RequestError:
+        return RequestError(self.message, param=self.param, code=self.code)
+
+
 class Failed(Message, frozen=True):
     id: str
     error: str
+    refusal: Refusal | None = None
+    """Where the client is at fault, and is told so."""
     reason: Literal["internal", "unavailable", "busy"] = "internal"
 
 
@@ -130,6 +150,7 @@ class Error(Message, frozen=True):
     rank: int
     error: str
     is_config_error: bool = False
+    refusal: Refusal | None = None
 
 
 class Encoded(Message, frozen=True):

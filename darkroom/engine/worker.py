@@ -37,6 +37,7 @@ from .messages import (
     Loaded,
     Prepare,
     Prepared,
+    Refusal,
     Reply,
     Step,
     decode_command,
@@ -142,8 +143,9 @@ class WorkerProcess:
             logger.exception("the device is lost to rank %d", self.rank)
             os._exit(1)  # every later call would fail too: the engine starts another process
         except Exception as e:
-            logger.exception("%s failed on rank %d", type(command).__name__, self.rank)
-            return Error(rank=self.rank, error=f"{type(e).__name__}: {e}")
+            if not (refusal := Refusal.of(e)):
+                logger.exception("%s failed on rank %d", type(command).__name__, self.rank)
+            return Error(rank=self.rank, error=f"{type(e).__name__}: {e}", refusal=refusal)
 
     def _encode(self, worker: Worker, command: Decode, decoded: torch.Tensor | None) -> None:
         if decoded is None:

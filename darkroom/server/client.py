@@ -68,7 +68,8 @@ class EngineClient:
     async def generate(self, request: Request) -> AsyncGenerator[Progress | Preview | Finished, None]:
         """What happens to one picture; the last event is `Finished`. Closing the iterator before it cancels.
 
-        Raises `EngineError`, and does so at once unless the engine is ready.
+        Raises `EngineError`, and does so at once unless the engine is ready; `RequestError` where only the workers
+        could tell that the request is at fault.
         """
         if self.last_status.state != "ready":
             raise EngineError("unavailable", f"the engine is {self.last_status.state}")
@@ -81,6 +82,8 @@ class EngineClient:
                 ended = isinstance(event, Finished | Failed | EngineError)
                 if isinstance(event, EngineError):
                     raise event
+                if isinstance(event, Failed) and event.refusal:
+                    raise event.refusal.as_error()
                 if isinstance(event, Failed):
                     raise EngineError(event.reason, event.error)
                 yield event
