@@ -44,6 +44,7 @@ class Capabilities(BaseModel):
     max_guidance: float
     negative_prompt: str
     """The negative prompt of a request that has none."""
+    takes_negative_prompt: bool = True
     max_sequence_length: int
     """Prompt tokens that are used where a request does not say."""
     text_window: int
@@ -71,6 +72,8 @@ class Capabilities(BaseModel):
     fps: int = 0
     """Frames per second by default; 0 for models that make no videos."""
     max_fps: int = 60
+    previews: bool = True
+    """Whether the picture can be shown before it is finished."""
     axes: tuple[str, ...]
     """The kinds of parallelism that the model has a plan for."""
 
@@ -91,6 +94,7 @@ class Capabilities(BaseModel):
         task = self._task(params)
         width, height = self._size(task, params)
         self._check_prompt(prompt)
+        self._check_negative_prompt(params.negative_prompt)
         self._check_size(width, height)
         request = Request(
             task=task,
@@ -208,6 +212,10 @@ class Capabilities(BaseModel):
     def _check_prompt(self, prompt: str) -> None:
         if not prompt.strip():
             raise RequestError("'prompt' is blank: say what the picture should show.", param="prompt")
+
+    def _check_negative_prompt(self, prompt: str | None) -> None:
+        if prompt and prompt.strip() and not self.takes_negative_prompt:
+            raise RequestError(f"{self.family} takes no negative prompt.", param="negative_prompt")
 
     def _check_size(self, width: int, height: int) -> None:
         size, unit = f"{width}x{height}", self.size_multiple
