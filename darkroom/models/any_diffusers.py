@@ -22,7 +22,8 @@ from darkroom.parallel.plan import Plan
 
 from . import autoencoder_kl
 from .base import Component, Model, Sample, noise_generator
-from .stock import Source, find_class, sequence_plan
+from .stock import Source, find_class, sequence_plan, tensor_plan
+from .text_encoders import BY_CLASS
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
     if trouble := _refusal(pipeline):
         raise ConfigError(trouble)
     configs = {part: _config(folder / part) for part in ("transformer", "vae")}
-    components = _components(index, folder)
+    components = _components(pipeline, index, folder)
     attributes = {
         "pipelines": (name,),
         "components": components,
@@ -77,27 +78,34 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _components(index: Mapping[str, Any], folder: Path) -> dict[str, Component]:
+def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dict[str, Component]:
     """All parts with weights: those whose folder says which class it is."""
     components = {}
     for part, (library, name) in ((part, x) for part, x in index.items() if isinstance(x, list) and all(x)):
         if library not in ("diffusers", "transformers"):
             raise ConfigError(f"model_index.json takes '{part}' from {library}: only diffusers' and transformers' run")
-        if (folder / part / "config.json").is_file():
-            components[part] = Component(
-                module="diffusers.models" if library == "diffusers" else library,
-                name=name,
-                plan=_plan(part, name),
-                ranks="all",
-            )
+        if not (folder / part / "config.json").is_file():
+            continue
+        if name in BY_CLASS and pipeline.only_calls(part):
+            components[part] = BY_CLASS[name]
+            continue
+        plan = _plan(part, name, folder)
+        components[part] = Component(
+            module="diffusers.models" if library == "diffusers" else library,
+            name=name,
+            plan=plan,
+            ranks="tp" if plan.tensor else "all",
+        )
     return components
 
 
-def _plan(part: str, name: str) -> Plan:
+def _plan(part: str, name: str, folder: Path) -> Plan:
     if part == "vae":
         return _VAE_PLANS.get(name, Plan())
     source = find_class(name, "models/transformers") if part == "transformer" else None
-    return Plan(sequence=sequence_plan(source)) if source else Plan()
+    if source is None:
+        return Plan()
+    return Plan(tensor=tensor_plan(source, _config(folder / part)), even_heads=True, sequence=sequence_plan(source))
 
 
 # ---- capabilities ------------------------------------------------------------------------------------------------

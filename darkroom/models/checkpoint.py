@@ -114,8 +114,14 @@ class Checkpoint:
                 f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} has {branches} guidance branches; "
                 f"use --cfg 1 or --cfg {branches}"
             )
-        count = next(_head_counts(self.family.components["transformer"].plan), None)
+        plan = self.family.components["transformer"].plan
+        count = next(_head_counts(plan), None)
         heads = lookup(self.configs["transformer"], count) if count else math.inf
+        if count and plan.even_heads and heads % config.tensor_parallel_size:
+            raise ConfigError(
+                f"--tp {config.tensor_parallel_size}: the transformer has {heads} heads, and its class needs as many "
+                "on every rank"
+            )
         used = config.tensor_parallel_size * config.ulysses_degree
         if used > heads:
             raise ConfigError(

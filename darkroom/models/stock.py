@@ -15,8 +15,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from darkroom.parallel.plan import SequenceParallelInput, SequenceParallelOutput, SequenceRule
+from darkroom.parallel.plan import (
+    Colwise,
+    Heads,
+    Part,
+    Rowwise,
+    SequenceParallelInput,
+    SequenceParallelOutput,
+    SequenceRule,
+    TensorStyle,
+)
 
+_HEADS = Heads("num_attention_heads")
 _TOKENS, _POSITIONS = ("hidden_states", "encoder_hidden_states"), ("img_ids", "txt_ids")
 
 
@@ -51,6 +61,15 @@ class Source:
         found = self.method(method)
         args = [] if found is None else [*found.args.args, *found.args.kwonlyargs]
         return any(x.arg == parameter and x.annotation and "None" in ast.unparse(x.annotation) for x in args)
+
+    def only_calls(self, part: str) -> bool:
+        """Whether the pipeline's file does no more with a part than call it and ask for its dtype and device.
+
+        It then cannot tell a language model from its body, if the hidden states are all that it takes.
+        """
+        named = rf"\b{re.escape(part)}\."
+        used = set(re.findall(rf"{named}(\w+)", self.text))
+        return used <= {"dtype", "device"} and not re.search(r"\.(logits|generate)\b|pixel_values", self.text)
 
     def constant(self, name: str) -> Any:
         """What `__init__` assigns to `self.<name>`, where that is a literal."""
@@ -106,6 +125,69 @@ def sequence_plan(transformer: Source) -> dict[str, SequenceRule]:
         else:
             return {}
     return rules if isinstance(rules.get(""), Mapping) else {}
+
+
+def tensor_plan(transformer: Source, config: Mapping[str, Any]) -> dict[str, TensorStyle]:
+    """diffusers' `_tp_plan` in our terms; empty where the class ships none, or one with styles that are not known here.
+
+    The classes that ship one take the number of heads from the tensors, so no attribute needs another value.
+    """
+    plan = transformer.attribute("_tp_plan")
+    if not isinstance(plan, ast.Dict) or not isinstance(config.get(_HEADS.count), int):
+        return {}
+    styles = {}
+    for key, value in zip(plan.keys, plan.values, strict=True):
+        path = _literal(key)
+        if (style := _style(transformer, path, value, config)) is None:
+            return {}
+        styles[path] = style
+    return styles
+
+
+def _style(transformer: Source, path: str, value: ast.expr, config: Mapping[str, Any]) -> TensorStyle | None:
+    attends = _HEADS if ".attn." in path else None
+    if isinstance(value, ast.Call):
+        name, given = ast.unparse(value.func), [_literal(x) for x in value.args]
+        packed = {"PackedColwiseParallel": ("col", Colwise), "PackedRowwiseParallel": ("row", Rowwise)}
+        if name not in packed:
+            return None
+        axis, style = packed[name]
+        widths = given[0] if given else None
+        leaf = path.rpartition(".")[2]
+        if widths is None:
+            parts = _parts(transformer, f"{leaf}._tp_packed_{axis}", config)
+        else:
+            parts = tuple(Part(width=x) for x in widths)
+        return style(parts=parts) if parts else None
+    return {"colwise": Colwise(attends), "rowwise": Rowwise(attends)}.get(_literal(value))
+
+
+def _parts(transformer: Source, name: str, config: Mapping[str, Any]) -> tuple[Part, ...]:
+    """What a fused layer is made of, by the list of widths that its class's `__init__` keeps on it for this purpose:
+    the widths of an MLP are named so, and every other one is that of all heads."""
+    for node in (x for x in ast.parse(transformer.text).body if isinstance(x, ast.ClassDef)):
+        source = Source(node, transformer.text)
+        for found in ast.walk(node):
+            if isinstance(found, ast.Assign) and ast.unparse(found.targets[0]) == f"self.{name}_blocks":
+                defaults = source.parameters("__init__")
+                known = {**defaults, **transformer.parameters("__init__"), **config}
+                ratio = known.get("mlp_ratio") or 0
+                widths = _items(found.value, defaults) if ratio == int(ratio) > 0 else []
+                return tuple(Part(width=int(ratio)) if "mlp" in x else Part(heads=_HEADS) for x in widths)
+    return ()
+
+
+def _items(node: ast.expr, numbers: Mapping[str, Any]) -> list[str]:
+    """The elements' sources of a list that is written with `+` and `*`."""
+    match node:
+        case ast.List(elts=elements):
+            return [ast.unparse(x) for x in elements]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _items(left, numbers) + _items(right, numbers)
+        case ast.BinOp(left=left, op=ast.Mult(), right=times):
+            count = _literal(times) or numbers.get(ast.unparse(times).removeprefix("self."))
+            return _items(left, numbers) * count if isinstance(count, int) else []
+    return []
 
 
 def _keywords(call: ast.expr) -> dict[str, Any]:

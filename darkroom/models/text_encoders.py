@@ -42,3 +42,6 @@ QWEN3 = Component(
     prefixes={"model.": "", "": ""},
     leave_out=("lm_head.",),
 )
+
+BY_CLASS = {"Qwen3Model": QWEN3, "Qwen3ForCausalLM": QWEN3}
+"""What computes the hidden states of a class that model_index.json names."""

@@ -124,12 +124,12 @@ def test_errors_inside_the_call_are_the_commands(folders: dict[str, Path]) -> No
 
 LAYOUTS: dict[str, dict[int, list[Cell]]] = {
     "flux": {
-        2: [{"cfg": 2}, {"usp": 2, "vae-pp": 2}, {"ring": 2}, {"vae-pp": 2, "usp": 2, "vae_use_tiling": True}],
-        4: [{"cfg": 2, "usp": 2, "vae-pp": 3}, {"usp": 2, "ring": 2}],
+        2: [{"cfg": 2}, {"usp": 2, "vae-pp": 2, "vae_use_tiling": True}, {"ring": 2}, {"tp": 2, "vae-pp": 2}],
+        4: [{"cfg": 2, "usp": 2, "vae-pp": 3}, {"usp": 2, "ring": 2}, {"cfg": 2, "tp": 2}],
     },
     "flux2_klein": {
-        2: [{"cfg": 2, "vae-pp": 2}, {"usp": 2}, {"ring": 2, "vae-pp": 2, "vae_use_tiling": True}],
-        4: [{"cfg": 2, "ring": 2, "vae-pp": 4}],
+        2: [{"cfg": 2, "vae-pp": 2}, {"usp": 2}, {"ring": 2, "vae-pp": 2, "vae_use_tiling": True}, {"tp": 2}],
+        4: [{"cfg": 2, "ring": 2, "vae-pp": 4}, {"usp": 2, "tp": 2}, {"tp": 4}],
     },
     "aura_flow": {2: [{"cfg": 2, "vae-pp": 2}]},
 }
@@ -195,6 +195,9 @@ GUIDED = {"interleaved", "batched"}
         ("flux2_klein", branches_are_not_exchanged, {"cfg": 2}, GUIDED),
         ("aura_flow", rows_are_swapped, {"cfg": 2}, GUIDED),
         ("flux", faults.ring_skips_a_hop, {"ring": 2}, {*GUIDED, "one branch"}),
+        ("flux", faults.parts_are_cut_as_one, {"tp": 2}, {*GUIDED, "one branch"}),
+        ("flux2_klein", faults.parts_are_cut_as_one, {"tp": 2}, {*GUIDED, "one branch"}),
+        ("flux2_klein", faults.partial_sums_are_not_reduced, {"tp": 2}, {*GUIDED, "one branch"}),
         ("flux2_klein", faults.heads_come_back_in_another_order, {"usp": 2}, {*GUIDED, "one branch"}),
     ],
 )
@@ -216,7 +219,10 @@ def refusal(folder: Path, **values: Any) -> str:
 
 def test_what_cannot_be_spread_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     distilled = tiny.flux2_klein(tmp_path / "distilled", is_distilled=True)
-    assert "one prediction a step" in (message := refusal(distilled, cfg=2)) and "use --usp or --ring" in message
+    assert (
+        "one prediction a step" in (message := refusal(distilled, cfg=2)) and "use --usp or --ring or --tp" in message
+    )
+    assert "the transformer has 4 heads" in refusal(folders["flux"], tp=3)
     assert "has no plan for ulysses parallelism; it has: cfg, vae" in refusal(folders["aura_flow"], usp=2)
     assert "tp parallelism" in refusal(folders["aura_flow"], tp=2)
 
