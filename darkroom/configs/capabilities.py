@@ -42,6 +42,8 @@ class Capabilities(BaseModel):
     no_guidance: float = 1.0
     """At this strength or less there is no guidance, and half the work."""
     max_guidance: float
+    embedded_guidance: float | None = None
+    """The default of `guidance_scale`, where that is an input of the transformer, beside `true_cfg_scale`."""
     negative_prompt: str
     """The negative prompt of a request that has none."""
     takes_negative_prompt: bool = True
@@ -105,6 +107,7 @@ class Capabilities(BaseModel):
             num_inference_steps=self._steps(params),
             guidance_scale=self._guidance(params),
             guidance_scale_2=params.guidance_scale_2,
+            embedded_guidance=self._embedded_guidance(params.guidance_scale),
             max_sequence_length=self._sequence_length(params.max_sequence_length),
             seed=secrets.randbelow(2**32) if params.seed is None else self._seed(params.seed),
             images=params.images,
@@ -240,16 +243,23 @@ class Capabilities(BaseModel):
         scales = {"true_cfg_scale": params.true_cfg_scale, "guidance_scale": params.guidance_scale}
         scale = scales.pop(self.guidance_parameter)
         [(other, value)] = scales.items()
-        if value not in (None, 1):  # one is no guidance, which is what not having it means
+        if (
+            value not in (None, 1) and self.embedded_guidance is None
+        ):  # one is no guidance, which is what not having it means
             raise RequestError(
                 f"{self.family} takes '{self.guidance_parameter}'; '{other}' would have no effect.", param=other
             )
-        if scale is None:
-            return self.guidance_scale
+        return self.guidance_scale if scale is None else self._strength_of(self.guidance_parameter, scale)
+
+    def _embedded_guidance(self, scale: float | None) -> float | None:
+        if scale is None or self.embedded_guidance is None:
+            return self.embedded_guidance
+        return self._strength_of("guidance_scale", scale)
+
+    def _strength_of(self, parameter: str, scale: float) -> float:
         if not 0 <= scale <= self.max_guidance:
             raise RequestError(
-                f"Invalid {self.guidance_parameter} {scale}: expected a number from 0 to {self.max_guidance:g}.",
-                param=self.guidance_parameter,
+                f"Invalid {parameter} {scale}: expected a number from 0 to {self.max_guidance:g}.", param=parameter
             )
         return float(scale)
 

@@ -146,6 +146,7 @@ def _capabilities(
         guidance_parameter=guidance,
         guidance_scale=call.get(guidance) or 1.0,
         max_guidance=100.0 if guidance in call else 1.0,
+        embedded_guidance=call.get("guidance_scale") if guidance == "true_cfg_scale" else None,
         negative_prompt=call.get("negative_prompt") or "",
         takes_negative_prompt="negative_prompt" in call,
         max_sequence_length=call.get("max_sequence_length") or window,
@@ -287,7 +288,7 @@ class AnyDiffusers(Model):
             "height": request.height,
             "width": request.width,
             "num_inference_steps": request.num_inference_steps,
-            self.capabilities.guidance_parameter: request.guidance_scale,
+            **self._guidance(request),
             "max_sequence_length": request.max_sequence_length,
             "generator": noise_generator(request),
             "output_type": "pt",
@@ -297,13 +298,20 @@ class AnyDiffusers(Model):
         }
         return {name: value for name, value in values.items() if name in self.parameters}
 
+    def _guidance(self, request: Request) -> dict[str, float]:
+        values: dict[str, float] = {self.capabilities.guidance_parameter: request.guidance_scale}
+        if request.embedded_guidance is not None:
+            values["guidance_scale"] = request.embedded_guidance
+        return values
+
     def _pictures(self, request: Request) -> dict[str, Any]:
         from darkroom.configs.pictures import load_mask, load_picture
 
         if not request.images:
             return {}
-        pictures = {"image": load_picture(request.images[0]).convert("RGB"), "strength": request.strength}
-        return pictures if request.mask is None else {**pictures, "mask_image": load_mask(request.mask)}
+        pictures = [load_picture(image).convert("RGB") for image in request.images]
+        values = {"image": pictures if len(pictures) > 1 else pictures[0], "strength": request.strength}
+        return values if request.mask is None else {**values, "mask_image": load_mask(request.mask)}
 
     def _text_tokens(self, request: Request) -> int:
         parts = (part for name, part in self.pipe.components.items() if name.startswith("tokenizer") and part)
@@ -356,6 +364,7 @@ class _Steps:
 
     def __init__(self, sample: CallSample, pause: Callable[[], None], total: int, branches: BranchCalls | None) -> None:
         self._sample, self._pause, self._branches = sample, pause, branches
+        self._is_first = True
         sample.steps = total
 
     def __enter__(self) -> _Steps:
@@ -368,6 +377,9 @@ class _Steps:
     def update(self, _steps: int = 1) -> None:
         if self._branches:
             self._branches.end_step()
+            if self._is_first and not self._sample.latents.isfinite().all():
+                raise RuntimeError("the pipeline used a guidance branch before it asked for the other: use --cfg 1")
+        self._is_first = False
         self._pause()
 
 

@@ -148,6 +148,7 @@ def _style(transformer: Source, path: str, value: ast.expr, config: Mapping[str,
     attends = _HEADS if ".attn." in path else None
     if isinstance(value, ast.Call):
         name, given = ast.unparse(value.func), [_literal(x) for x in value.args]
+        packed: dict[str, tuple[str, type[Colwise | Rowwise]]]
         packed = {"PackedColwiseParallel": ("col", Colwise), "PackedRowwiseParallel": ("row", Rowwise)}
         if name not in packed:
             return None
@@ -159,7 +160,8 @@ def _style(transformer: Source, path: str, value: ast.expr, config: Mapping[str,
         else:
             parts = tuple(Part(width=x) for x in widths)
         return style(parts=parts) if parts else None
-    return {"colwise": Colwise(attends), "rowwise": Rowwise(attends)}.get(_literal(value))
+    plain: dict[str, TensorStyle] = {"colwise": Colwise(attends), "rowwise": Rowwise(attends)}
+    return plain.get(_literal(value))
 
 
 def _parts(transformer: Source, name: str, config: Mapping[str, Any]) -> tuple[Part, ...]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,13 +21,15 @@ import torch
 from diffusers import AuraFlowPipeline, Flux2KleinPipeline, FluxPipeline
 
 from darkroom.configs import ConfigError, EngineConfig, ParallelConfig, Request, RequestError, SamplingParams
+from darkroom.configs.pictures import load_picture
 from darkroom.engine.messages import Decode, Drop, Prepare, Step
 from darkroom.models.any_diffusers import AnyDiffusers
 from darkroom.models.checkpoint import Checkpoint, open_checkpoint
 from darkroom.offline import Darkroom
 from darkroom.parallel import guidance
+from darkroom.server.images import ImageRequest
 from tests import faults, tiny
-from tests.golden import TOLERANCE, difference, generate, request, stock_pipeline, worker
+from tests.golden import TOLERANCE, difference, generate, picture_file, request, stock_pipeline, worker
 from tests.matrix import Cell, Expected, Fault, differences, one_process, run_cells
 from tests.ranks import run_ranks
 
@@ -40,8 +46,11 @@ def run_stock(pipe: Any, request: Request, output_type: str) -> Any:
     values: dict[str, Any] = {"guidance_scale": request.guidance_scale, "negative_prompt": request.negative_prompt}
     if isinstance(pipe, FluxPipeline):
         values["true_cfg_scale"] = values.pop("guidance_scale")
+        if request.embedded_guidance is not None:
+            values["guidance_scale"] = request.embedded_guidance
     if isinstance(pipe, Flux2KleinPipeline):
         del values["negative_prompt"]
+        values["image"] = [load_picture(image).convert("RGB") for image in request.images] or None
     return pipe(
         prompt=request.prompt,
         width=request.width,
@@ -72,6 +81,44 @@ def test_one_process_is_the_stock_pipeline(name: str, folders: dict[str, Path]) 
             assert torch.equal(decoded, run_stock(stock, wanted, "pt"))
             assert np.array_equal(np.asarray(picture), np.asarray(run_stock(stock, wanted, "pil")[0]))
         assert calls_in_flight() == []
+
+
+def test_guidance_as_an_input_is_told_from_the_other_kind(folders: dict[str, Path]) -> None:
+    params = SamplingParams(width=64, height=64, num_inference_steps=2, seed=0, max_sequence_length=32)
+    stock = stock_pipeline(FluxPipeline, folders["flux"])
+    pictures = []
+    with worker(folders["flux"], ParallelConfig()) as one:
+        for values in ({}, {"guidance_scale": 9.0}, {"guidance_scale": 9.0, "true_cfg_scale": 2.0}):
+            wanted = one.model.capabilities.resolve("a cat", replace(params, **values))
+            pictures.append(generate(one, [wanted])["0"][1])
+            assert torch.equal(pictures[-1], run_stock(stock, wanted, "pt"))
+    assert not any(torch.equal(a, b) for a, b in combinations(pictures, 2))
+
+
+EDIT = request("a cat in blue", task="edit", images=(picture_file(80, 96),), num_inference_steps=2)
+"""Its condition is encoded by the VAE, and attended to behind the picture's own tokens."""
+
+
+def test_a_picture_is_edited(folders: dict[str, Path]) -> None:
+    with worker(folders["flux2_klein"], ParallelConfig()) as one:
+        edited = generate(one, [EDIT])["0"][1]
+    stock = stock_pipeline(Flux2KleinPipeline, folders["flux2_klein"])
+    assert edited is not None and torch.equal(edited, run_stock(stock, EDIT, "pt"))
+
+
+def test_a_picture_is_edited_on_ranks(folders: dict[str, Path]) -> None:
+    with worker(folders["flux2_klein"], ParallelConfig()) as one:
+        wanted = generate(one, [EDIT])
+    for cell in ({"cfg": 2, "vae-pp": 2}, {"usp": 2}):
+        outputs = run_ranks(edit, 2, folders["flux2_klein"], cell)
+        assert difference(outputs[0], wanted) <= TOLERANCE
+        assert outputs[1]["0"][1] is None
+        assert float((outputs[1]["0"][0] - wanted["0"][0]).abs().max()) <= TOLERANCE
+
+
+def edit(rank: int, size: int, folder: Path, cell: Cell) -> Any:
+    with worker(folder, ParallelConfig.model_validate(cell), rank) as one:
+        return generate(one, [EDIT])
 
 
 def calls_in_flight() -> list[threading.Thread]:
@@ -144,7 +191,6 @@ def expected(folders: dict[str, Path]) -> Expected:
 def test_every_layout_is_one_process(name: str, size: int, folders: dict[str, Path], expected: Expected) -> None:
     cells = LAYOUTS[name][size]
     worst = differences(run_ranks(run_cells, size, {name: folders[name]}, cells), expected)
-    print(name, size, {cell: value for cell, value in worst.items()})
     assert len(worst) >= size * len(cells) * 3
     assert {cell: value for cell, value in worst.items() if value > TOLERANCE} == {}
 
@@ -265,6 +311,26 @@ def test_capabilities_are_the_pipelines_own(folders: dict[str, Path], tmp_path: 
     flux = Checkpoint.open(str(own)).capabilities
     assert (flux.num_inference_steps, flux.default_size, flux.guidance_scale) == (4, (64, 48), 1.0)
     assert issubclass(Checkpoint.open(str(own)).family, AnyDiffusers)
+
+
+def test_what_shows_no_previews_is_not_asked_for_them(folders: dict[str, Path]) -> None:
+    capabilities = Checkpoint.open(str(folders["aura_flow"])).capabilities
+    with pytest.raises(RequestError, match="AuraFlowPipeline shows no previews"):
+        ImageRequest.read({"prompt": "a cat", "stream": True, "partial_images": 1}).resolve(capabilities)
+    with worker(folders["aura_flow"], ParallelConfig()) as one:
+        one.execute(Prepare(ids=("a",), requests=(request(),)))
+        with pytest.raises(RuntimeError, match="there are no previews"):
+            one.decode(Decode(ids=("a",), preview=0))
+        one.execute(Drop(ids=("a",)))
+
+
+def test_what_is_derived_needs_no_torch(folders: dict[str, Path]) -> None:
+    code = (
+        "import sys; from darkroom.models.checkpoint import Checkpoint; "
+        f"Checkpoint.open({str(folders['flux'])!r}); print(sorted({{'torch', 'diffusers'}} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_whole_engine_runs_one(folders: dict[str, Path]) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
-from darkroom.models.stock import Source, find_class, sequence_plan
+from darkroom.models.stock import Source, find_class, sequence_plan, tensor_plan
 from darkroom.parallel.plan import SequenceParallelInput, SequenceParallelOutput
 
 
@@ -53,6 +54,28 @@ def test_the_plan_is_the_imported_class_own(name: str) -> None:
             assert isinstance(entry, ContextParallelInput) and isinstance(ours[key], SequenceParallelInput)
             assert (ours[key].split_dim, ours[key].expected_dims) == (entry.split_dim, entry.expected_dims)
         assert [key for key, entry in ours.items() if entry.stream] == ["hidden_states", "encoder_hidden_states"]
+
+
+def same(style: Any, theirs: Any, module: Any) -> bool:
+    if isinstance(theirs, str):
+        return type(style).__name__.lower() == theirs and not style.parts
+    kind = "col" if "Col" in type(theirs).__name__ else "row"
+    blocks = theirs.blocks or getattr(module, f"_tp_packed_{kind}_blocks")
+    return [part.width * blocks[0] for part in style.parts] == blocks
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImage21Transformer2DModel"])
+def test_the_tensor_plan_is_the_imported_class_own(name: str) -> None:
+    source, cls = find_class(name, "models/transformers"), getattr(diffusers, name)
+    with torch.device("meta"):
+        modules = dict(cls().named_modules())
+    assert source is not None
+    plan = tensor_plan(source, dict(modules[""].config))
+    assert plan.keys() == cls._tp_plan.keys()
+    for path, theirs in cls._tp_plan.items():
+        assert same(plan[path], theirs, modules[path.replace("*", "0")]), path
+    without_heads = tensor_plan(source, {})
+    assert without_heads == {}
 
 
 @pytest.mark.parametrize(
