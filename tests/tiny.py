@@ -10,20 +10,26 @@ from typing import Any
 import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -202,6 +208,73 @@ def aura_flow(folder: Path) -> Path:
     return _save(folder, "AuraFlowPipeline", parts, torch.float32)
 
 
+def pixart_sigma(folder: Path) -> Path:
+    """A PixArt-Sigma pipeline: both branches in one batch, and the callback of older pipelines."""
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=32,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=HEAD_DIM,
+        in_channels=16,
+        out_channels=32,
+        cross_attention_dim=64,
+        caption_channels=64,
+        norm_num_groups=4,
+        use_additional_conditions=False,
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": _vae(),
+        "text_encoder": T5EncoderModel(T5Config(**_T5)),
+        # at the usual 0.02, the first steps multiply a random model's rounding by hundreds, and its latents too
+        "scheduler": DPMSolverMultistepScheduler(beta_end=0.002),
+    }
+    return _save(folder, "PixArtSigmaPipeline", parts, torch.float32)
+
+
+def sana(folder: Path) -> Path:
+    """A Sana pipeline, whose VAE no plan is known for."""
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=4,
+        attention_head_dim=HEAD_DIM,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=HEAD_DIM,
+        cross_attention_dim=64,
+        caption_channels=64,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=["ResBlock"] * 6,
+        decoder_block_types=["ResBlock"] * 6,
+        encoder_block_out_channels=[8] * 6,
+        decoder_block_out_channels=[8] * 6,
+        encoder_qkv_multiscales=[()] * 6,
+        decoder_qkv_multiscales=[()] * 6,
+        encoder_layers_per_block=[1] * 6,
+        decoder_layers_per_block=[1] * 6,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": Gemma2Model(Gemma2Config(**_DECODER)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return _save(folder, "SanaPipeline", parts, torch.float32)
+
+
 _T5: dict[str, Any] = {
     "vocab_size": 757,
     "d_model": 64,
@@ -259,16 +332,18 @@ def _qwen3() -> Qwen3Model:
 
 
 def _qwen3_config(**values: Any) -> Qwen3Config:
-    defaults: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 757,
-    }
-    return Qwen3Config(**{**defaults, **values})
+    return Qwen3Config(**{**_DECODER, **values})
+
+
+_DECODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 757,
+}
 
 
 def _save(

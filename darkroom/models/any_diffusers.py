@@ -287,6 +287,7 @@ class AnyDiffusers(Model):
             "negative_prompt": request.negative_prompt,
             "height": request.height,
             "width": request.width,
+            "max_area": request.width * request.height,  # some scale the size that is asked for to this many pixels
             "num_inference_steps": request.num_inference_steps,
             **self._guidance(request),
             "max_sequence_length": request.max_sequence_length,

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from diffusers import AuraFlowPipeline, Flux2KleinPipeline, FluxPipeline
+from diffusers import AuraFlowPipeline, Flux2KleinPipeline, FluxPipeline, PixArtSigmaPipeline, SanaPipeline
 
 from darkroom.configs import ConfigError, EngineConfig, ParallelConfig, Request, RequestError, SamplingParams
 from darkroom.configs.pictures import load_picture
@@ -33,7 +33,12 @@ from tests.golden import TOLERANCE, difference, generate, picture_file, request,
 from tests.matrix import Cell, Expected, Fault, differences, one_process, run_cells
 from tests.ranks import run_ranks
 
-STOCK = {"flux": FluxPipeline, "flux2_klein": Flux2KleinPipeline, "aura_flow": AuraFlowPipeline}
+STOCK = {
+    "flux": FluxPipeline,
+    "flux2_klein": Flux2KleinPipeline,
+    "aura_flow": AuraFlowPipeline,
+    "pixart_sigma": PixArtSigmaPipeline,
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +115,15 @@ def test_a_picture_is_edited_on_ranks(folders: dict[str, Path]) -> None:
     with worker(folders["flux2_klein"], ParallelConfig()) as one:
         wanted = generate(one, [EDIT])
     for cell in ({"cfg": 2, "vae-pp": 2}, {"usp": 2}):
-        outputs = run_ranks(edit, 2, folders["flux2_klein"], cell)
+        outputs = run_ranks(one_request, 2, folders["flux2_klein"], cell, EDIT)
         assert difference(outputs[0], wanted) <= TOLERANCE
         assert outputs[1]["0"][1] is None
         assert float((outputs[1]["0"][0] - wanted["0"][0]).abs().max()) <= TOLERANCE
 
 
-def edit(rank: int, size: int, folder: Path, cell: Cell) -> Any:
+def one_request(rank: int, size: int, folder: Path, cell: Cell, wanted: Request) -> Any:
     with worker(folder, ParallelConfig.model_validate(cell), rank) as one:
-        return generate(one, [EDIT])
+        return generate(one, [wanted])
 
 
 def calls_in_flight() -> list[threading.Thread]:
@@ -179,6 +184,7 @@ LAYOUTS: dict[str, dict[int, list[Cell]]] = {
         4: [{"cfg": 2, "ring": 2, "vae-pp": 4}, {"usp": 2, "tp": 2}, {"tp": 4}],
     },
     "aura_flow": {2: [{"cfg": 2, "vae-pp": 2}]},
+    "pixart_sigma": {2: [{"cfg": 2, "vae-pp": 2}]},
 }
 
 
@@ -271,6 +277,23 @@ def test_what_cannot_be_spread_is_refused(folders: dict[str, Path], tmp_path: Pa
     assert "the transformer has 4 heads" in refusal(folders["flux"], tp=3)
     assert "has no plan for ulysses parallelism; it has: cfg, vae" in refusal(folders["aura_flow"], usp=2)
     assert "tp parallelism" in refusal(folders["aura_flow"], tp=2)
+
+
+def test_a_vae_without_a_plan_decodes_on_one_rank(tmp_path: Path) -> None:
+    folder = tiny.sana(tmp_path / "sana")
+    assert "has no plan for vae parallelism; it has: cfg" in refusal(folder, cfg=2, **{"vae-pp": 2})
+    with (
+        pytest.raises(ConfigError, match="the tiles of AutoencoderDC are not known"),
+        worker(folder, ParallelConfig(vae_use_tiling=True)),
+    ):
+        pass
+    wanted = request("a cat", width=128, height=96, num_inference_steps=2)
+    with worker(folder, ParallelConfig()) as one:
+        whole = generate(one, [wanted])
+    picture = whole["0"][1]
+    assert picture is not None and torch.equal(picture, run_stock(stock_pipeline(SanaPipeline, folder), wanted, "pt"))
+    outputs = run_ranks(one_request, 2, folder, {"cfg": 2}, wanted)
+    assert difference(outputs[0], whole) <= TOLERANCE and outputs[1]["0"][1] is None
 
 
 def renamed(folder: Path, to: Path, name: str, **values: Any) -> Path:
