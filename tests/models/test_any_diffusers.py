@@ -31,7 +31,7 @@ from darkroom.server.images import ImageRequest
 from tests import faults, tiny
 from tests.golden import TOLERANCE, difference, generate, picture_file, request, stock_pipeline, worker
 from tests.matrix import Cell, Expected, Fault, differences, one_process, run_cells
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 STOCK = {
     "flux": FluxPipeline,
@@ -243,8 +243,6 @@ GUIDED = {"interleaved", "batched"}
 @pytest.mark.parametrize(
     ("name", "fault", "cell", "kinds"),
     [
-        ("flux", branches_are_not_exchanged, {"cfg": 2}, GUIDED),
-        ("flux2_klein", branches_are_not_exchanged, {"cfg": 2}, GUIDED),
         ("aura_flow", rows_are_swapped, {"cfg": 2}, GUIDED),
         ("flux", faults.ring_skips_a_hop, {"ring": 2}, {*GUIDED, "one branch"}),
         ("flux", faults.parts_are_cut_as_one, {"tp": 2}, {*GUIDED, "one branch"}),
@@ -258,6 +256,12 @@ def test_a_fault_is_seen(
 ) -> None:
     worst = differences(run_ranks(run_cells, 2, {name: folders[name]}, [cell], fault), expected)
     assert {kind for (*_, kind), value in worst.items() if value > 10 * TOLERANCE} == kinds
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2_klein"])
+def test_a_placeholder_that_is_not_filled_is_told(name: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(RankError, match="used a guidance branch before it asked for the other"):
+        run_ranks(run_cells, 2, {name: folders[name]}, [{"cfg": 2}], branches_are_not_exchanged)
 
 
 # ---- at the start ----------------------------------------------------------------------------------------------------
