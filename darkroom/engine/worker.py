@@ -66,7 +66,8 @@ class Worker:
                 self._mark_step()
             case Drop(ids=ids):
                 for id in ids:
-                    self.samples.pop(id, None)
+                    if sample := self.samples.pop(id, None):
+                        self.model.drop(sample)
         return ()
 
     def step(self, samples: Sequence[Sample]) -> None:

@@ -38,8 +38,9 @@ class Component:
     name: str
     """The class."""
     plan: Plan = field(default_factory=Plan)
-    ranks: Literal["tp", "world", "vae"]
-    """`tp`: cut over the tensor-parallel axis. `world`: over all ranks. `vae`: whole, on the ranks that decode."""
+    ranks: Literal["tp", "world", "vae", "all"]
+    """`tp`: cut over the tensor-parallel axis. `world`: over all ranks. `vae`: whole, on the ranks that decode.
+    `all`: whole, on every rank, as its own library loads it."""
     section: str | None = None
     """The part of config.json that describes the class, where the folder holds more than it."""
     nested: tuple[str, ...] = ()
@@ -228,6 +229,10 @@ class Model(ABC):
         prediction is noise - x0."""
         estimate: torch.Tensor = sample.latents - sample.sigma * prediction
         return estimate.to(sample.latents.dtype)
+
+    def drop(self, sample: Sample) -> None:
+        """The sample is not needed any more: it is finished, or was given up on the way."""
+        return
 
     def new_scheduler(self) -> Any:
         return deepcopy(self.pipe.scheduler)

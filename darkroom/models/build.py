@@ -30,11 +30,15 @@ logger = logging.getLogger(__name__)
 def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Model:
     """This rank's `Model`. Raises `ConfigError` for a checkpoint that does not fit, ValueError for a wrong plan."""
     family = checkpoint.family
+    transformers.utils.logging.disable_progress_bar()
     parts: dict[str, Any] = {
         **dict.fromkeys([*family.unused, *checkpoint.absent]),
         **family.processors(checkpoint.folder),
     }
     for name, component in checkpoint.components.items():
+        if component.ranks == "all":
+            parts[name] = _whole(checkpoint, name, device, dtype)
+            continue
         axis = _axis(component, mesh)
         parts[name] = _component(checkpoint, name, axis, device, dtype) if axis else _absent(checkpoint, name, dtype)
     _spread_attention(parts["transformer"], family.components["transformer"], config, mesh)
@@ -53,6 +57,8 @@ def _axis(component: Component, mesh: Mesh) -> Axis | None:
             return mesh.world
         case "vae":
             return Axis("whole") if mesh.vae else None
+        case "all":
+            raise AssertionError("what its own library loads is not cut")
 
 
 def _component(checkpoint: Checkpoint, name: str, axis: Axis, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -62,6 +68,17 @@ def _component(checkpoint: Checkpoint, name: str, axis: Axis, device: torch.devi
     report = load(module, checkpoint.tensors(name), component.plan, config, axis, device, dtype)
     module.to(device)  # buffers that are computed, not stored
     logger.debug("%s: read %d numbers, holds %d", name, report.elements_read, report.elements_held)
+    return module
+
+
+def _whole(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A component that is not cut, as its library loads it, which may rename, tie or keep parameters in float32."""
+    component = checkpoint.family.components[name]
+    cls = getattr(importlib.import_module(component.module), component.name)
+    module: nn.Module = cls.from_pretrained(checkpoint.folder / name, dtype=dtype, local_files_only=True)
+    module = module.eval().requires_grad_(False).to(device)
+    for parameter in module.parameters():  # those mapped from a file keep it open, and may lie unaligned
+        parameter.data = parameter.data.clone()
     return module
 
 

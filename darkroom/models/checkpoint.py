@@ -6,6 +6,7 @@ Reads JSON files and the headers of safetensors files only: no torch, no weights
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from darkroom.configs.parallel import ParallelConfig
 from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, read_headers
 from darkroom.parallel.plan import Plan, lookup
 
-from . import MODELS, hub
+from . import MODELS, any_diffusers, hub
 from .base import Component, Model
 
 DEMO = Path(__file__).parent / "demo"
@@ -50,9 +51,7 @@ class Checkpoint:
         folder = local or hub.fetch(model, revision)
         index = _read_json(folder / "model_index.json", f"'{model}' is no diffusers pipeline")
         name = str(index.get("_class_name"))
-        if name not in MODELS:
-            raise ConfigError(f"'{model}' is a {name}, which no model family runs; known: {', '.join(sorted(MODELS))}")
-        family = MODELS[name]
+        family = MODELS.get(name) or _other_family(model, name, index, folder)
         named = [part for part, classes in index.items() if isinstance(classes, list) and any(classes)]
         absent = frozenset(family.optional).difference(named)
         for part in [*family.components, *named]:
@@ -118,6 +117,12 @@ class Checkpoint:
 
     def check(self, config: ParallelConfig) -> None:
         """Raises ConfigError for degrees that this model cannot be spread by, with what would work."""
+        if config.cfg_parallel_size > 1 and self.capabilities.guidance_branches == 1:
+            others = [flag for axis, flag in _OTHER_FLAGS.items() if axis in self.capabilities.axes]
+            raise ConfigError(
+                f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} makes one prediction a step, without "
+                f"guidance branches, which every rank would repeat; {_instead(others)}"
+            )
         for axis, degree in {**config.axes, "vae": config.vae_patch_parallel_size}.items():
             if degree > 1 and axis not in self.capabilities.axes:
                 raise ConfigError(
@@ -130,7 +135,14 @@ class Checkpoint:
                 f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} has {branches} guidance branches; "
                 f"use --cfg 1 or --cfg {branches}"
             )
-        heads = lookup(self.configs["transformer"], next(_head_counts(self.family.components["transformer"].plan)))
+        plan = self.family.components["transformer"].plan
+        count = next(_head_counts(plan), None)
+        heads = lookup(self.configs["transformer"], count) if count else math.inf
+        if count and plan.even_heads and heads % config.tensor_parallel_size:
+            raise ConfigError(
+                f"--tp {config.tensor_parallel_size}: the transformer has {heads} heads, and its class needs as many "
+                "on every rank"
+            )
         used = config.tensor_parallel_size * config.ulysses_degree
         if used > heads:
             raise ConfigError(
@@ -176,6 +188,13 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     return checkpoint
 
 
+_OTHER_FLAGS = {"ulysses": "--usp", "ring": "--ring", "tp": "--tp"}
+
+
+def _instead(flags: list[str]) -> str:
+    return f"use {' or '.join(flags)} for more ranks" if flags else "use one rank, and several servers for more"
+
+
 def _head_counts(plan: Plan) -> Iterator[str]:
     """The keys of config.json that the plan reads."""
     for style in plan.tensor.values():
@@ -193,6 +212,8 @@ def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int
             return config.world_size, rank
         case "vae":
             return (1, 0) if rank < config.vae_size else (0, 0)
+        case "all":
+            return 1, 0
 
 
 def _local_folder(model: str) -> Path | None:
@@ -204,6 +225,16 @@ def _local_folder(model: str) -> Path | None:
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(f"'{model}' is no folder, and no hub id such as Qwen/Qwen-Image; 'demo' always works")
     return None
+
+
+def _other_family(model: str, name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
+    try:
+        return any_diffusers.family_of(name, index, folder)
+    except ConfigError as e:
+        raise ConfigError(
+            f"'{model}' is a {name}, which no model family runs, and it does not run as any other pipeline of "
+            f"diffusers does: {e}; families: {', '.join(sorted(MODELS))}"
+        ) from None
 
 
 def _capabilities(family: type[Model], folder: Path) -> Capabilities:

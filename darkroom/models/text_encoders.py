@@ -125,6 +125,9 @@ T5 = Component(  # the encoder alone: the class around it has the embedding tabl
     settings={"use_cache": False},  # which an encoder refuses, and config.json asks for
 )
 
+BY_CLASS = {"Qwen3Model": QWEN3, "Qwen3ForCausalLM": QWEN3}
+"""What computes the hidden states of a class that model_index.json names."""
+
 
 def processor_files(folder: str) -> tuple[tuple[str, ...], ...]:
     """The file that says how pictures become the encoder's pixels: of transformers 4, or of 5."""

@@ -153,6 +153,8 @@ class Plan:
     """How one component is cut. An empty part means that the component has no such plan."""
 
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
+    even_heads: bool = False
+    """Tensor parallelism: the class cannot do with heads of zeros, so the ranks must divide the heads."""
     sequence: Mapping[str, SequenceRule] = field(default_factory=dict)
     attention: Sequence[str] = ()
     """Sequence parallelism: the modules that attend over all ranks' tokens; by default every one with a processor."""

@@ -107,6 +107,8 @@ class ImageRequest(BaseModel):
         """The request for the first picture. Raises `RequestError`."""
         if self.partial_images and not self.stream:
             raise RequestError("'partial_images' needs 'stream': true.", param="partial_images")
+        if self.partial_images and not capabilities.previews:
+            raise RequestError(f"{capabilities.family} shows no previews.", param="partial_images")
         if self.output_compression < 100 and self.output_format == "png":
             message = "'output_compression' is for jpeg and webp: png loses nothing."
             raise RequestError(message, param="output_compression")

@@ -181,6 +181,24 @@ def test_a_guidance_scale_without_effect_is_let_through() -> None:
     assert resolve(guidance_scale=1.0, seed=0) == resolve(seed=0)
 
 
+def test_a_model_may_have_guidance_of_both_kinds() -> None:
+    both = CAPABILITIES.override({"embedded_guidance": 3.5})
+    assert resolve().embedded_guidance is None
+    assert both.resolve("a cat", SamplingParams()).embedded_guidance == 3.5
+    request = both.resolve("a cat", SamplingParams(guidance_scale=7.0, true_cfg_scale=2.0))
+    assert (request.embedded_guidance, request.guidance_scale) == (7.0, 2.0)
+    with pytest.raises(RequestError, match="Invalid guidance_scale 101"):
+        both.resolve("a cat", SamplingParams(guidance_scale=101.0))
+
+
+def test_a_negative_prompt_that_would_have_no_effect() -> None:
+    without = CAPABILITIES.override({"takes_negative_prompt": False})
+    with pytest.raises(RequestError, match="A family takes no negative prompt") as caught:
+        without.resolve("a cat", SamplingParams(negative_prompt="red"))
+    assert caught.value.param == "negative_prompt"
+    assert without.resolve("a cat", SamplingParams(negative_prompt=" ")).prompt == "a cat"
+
+
 def test_no_seed_is_a_random_one() -> None:
     assert len({resolve().seed for _ in range(10)}) > 1
 

@@ -111,8 +111,9 @@ KNOWN = ", ".join(sorted(MODELS))
         (without("model_index.json"), "is no diffusers pipeline: model/model_index.json is missing"),
         (with_text("model_index.json", "{"), "model/model_index.json is not JSON: "),
         (with_text("model_index.json", "[]"), "model/model_index.json holds no JSON object"),
-        (with_text("model_index.json", "{}"), f"is a None, which no model family runs; known: {KNOWN}"),
-        (with_values("model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline, which no model family runs"),
+        (with_text("model_index.json", "{}"), "is a None, which no model family runs, and it does not run as any"),
+        (with_text("model_index.json", "{}"), f"does: it is no pipeline of diffusers; families: {KNOWN}"),
+        (with_values("model_index.json", _class_name="DiTPipeline"), "is a DiTPipeline, which no model family runs"),
         (with_values("model_index.json", _class_name=["a"]), "which no model family runs"),
         (with_values("model_index.json", extra=["diffusers", "X"]), "is incomplete: the folder extra/ is missing"),
         (without("transformer"), "is incomplete: the folder transformer/ is missing"),
@@ -216,13 +217,15 @@ def held(rank: int, size: int, folders: list[Path]) -> list[dict[str, int]]:
     for folder in folders:
         for layout in LAYOUTS[size]:
             with worker(folder, ParallelConfig.model_validate(layout), rank) as one:
-                modules = {name: getattr(one.model.pipe, name) for name in one.model.components}
+                modules = {name: getattr(one.model.pipe, name) for name in one.model.components} | {
+                    "vae": one.model.vae
+                }
                 results.append({name: size_of(module) for name, module in modules.items()})
     return results
 
 
-def size_of(module: torch.nn.Module | None) -> int:
-    return sum(x.numel() * x.element_size() for x in module.state_dict().values()) if module else 0
+def size_of(module: torch.nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in module.state_dict().values() if not x.is_meta)
 
 
 @pytest.mark.parametrize("size", LAYOUTS)
