@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 
 from darkroom.parallel import attention, guidance, plan, tensor
+from darkroom.parallel.mesh import Axis
 from darkroom.parallel.plan import Rowwise
 
 
@@ -84,4 +85,16 @@ def parts_are_cut_as_one() -> Iterator[None]:
         return plan._cut(dim, shape, None, False, *args)
 
     with patch.object(plan, "_cut_parts", whole):
+        yield
+
+
+@contextmanager
+def norms_are_of_a_rank_alone() -> Iterator[None]:
+    """A norm across all heads that sees only those of its rank."""
+    inner = tensor._norm_across
+
+    def alone(norm: Any, width: int, axis: Any, x: torch.Tensor) -> torch.Tensor:
+        return inner(norm, width // axis.size, Axis("alone"), x)
+
+    with patch.object(tensor, "_norm_across", alone):
         yield

@@ -14,10 +14,12 @@ from darkroom.parallel.plan import (
     Colwise,
     Cut,
     EmbeddingColumns,
+    HeadBias,
     Heads,
     KeyValueGroups,
     LocalHeads,
     LocalWidth,
+    NormAcross,
     Part,
     Plan,
     Rowwise,
@@ -217,6 +219,15 @@ def test_embeddings_are_cut_by_feature() -> None:
     parts = [take(table, cut) for cut in cuts(EmbeddingColumns(), "weight", (5, 10), 4, {})]
     assert [part.shape for part in parts] == [(5, 3)] * 4
     assert torch.equal(torch.cat(parts, 1)[:, :10], table)
+
+
+def test_biases_and_norms_are_cut_by_head() -> None:
+    table, weight = torch.randn(7, 5), torch.randn(20)
+    columns = [take(table, cut) for cut in cuts(HeadBias(PLAIN), "weight", (7, 5), 3, config(5))]
+    parts = [take(weight, cut) for cut in cuts(NormAcross(PLAIN), "weight", (20,), 3, config(5))]
+    assert [part.shape for part in (*columns, *parts)] == [(7, 2)] * 3 + [(8,)] * 3
+    assert torch.equal(torch.cat(columns, 1), torch.cat([table, torch.zeros(7, 1)], 1))
+    assert torch.equal(torch.cat(parts), torch.cat([weight, torch.zeros(4)]))
 
 
 def test_what_is_not_cut_has_no_cut() -> None:
