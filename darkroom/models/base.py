@@ -48,6 +48,8 @@ class Component:
     """What a key of the checkpoint begins with, and what the class has there; keys with none of these are left out."""
     leave_out: tuple[str, ...] = ()
     """Prefixes of keys that the class has no use for."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the class's configuration holds whatever config.json says."""
 
     def rename(self, key: str) -> str | None:
         """A checkpoint's key -> the parameter's name, or None for what the class has no use for."""
@@ -117,6 +119,8 @@ class Model(ABC):
     """Files beside the components that the pipeline needs: of each entry, one of the alternatives."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that no request needs: they may be missing, and are not loaded."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Parts of the pipeline that a checkpoint may do without: its model_index.json then names no class for them."""
 
     def __init__(
         self, pipe: DiffusionPipeline, vae: nn.Module, mesh: Mesh, device: torch.device, *, use_tiling: bool = False
@@ -136,6 +140,11 @@ class Model(ABC):
     @classmethod
     def processors(cls, folder: Path) -> dict[str, Any]:
         """Parts of the pipeline that it cannot load by itself."""
+        return {}
+
+    @classmethod
+    def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The capabilities that follow from a checkpoint: its model_index.json, and config.json by component."""
         return {}
 
     @abstractmethod
@@ -166,10 +175,12 @@ class Model(ABC):
         guided = request.guidance_scale > self.capabilities.no_guidance
         return [request.prompt, request.negative_prompt] if guided else [request.prompt]
 
-    def spread_decode(self, z: torch.Tensor, decode: Decode, decode_tile: Decode) -> torch.Tensor | None:
+    def spread_decode(
+        self, z: torch.Tensor, decode: Decode, decode_tile: Decode, finish: Decode | None = None
+    ) -> torch.Tensor | None:
         """The VAE's own `decode` over the ranks that take part: by rows, or by tiles where tiling is asked for.
 
-        The picture on the output rank, None on the others.
+        `finish` is what the VAE does to tiles once they are one. The picture on the output rank, None on the others.
         """
         from darkroom.parallel.spatial import map_tiles
 
@@ -177,7 +188,8 @@ class Model(ABC):
             return None
         tiling = self.tiling()
         if self.use_tiling and tiling.applies(*z.shape[-2:]):
-            return map_tiles(z, decode_tile, tiling, self.mesh.vae)
+            decoded = map_tiles(z, decode_tile, tiling, self.mesh.vae)
+            return decoded if decoded is None or finish is None else finish(decoded)
         return self.patches.decode(z, decode)
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:

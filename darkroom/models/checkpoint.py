@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Checkpoint:
     folder: Path
     family: type[Model]
     capabilities: Capabilities
+    absent: frozenset[str] = frozenset()
+    """The family's optional parts that this checkpoint does without."""
     repository: str | None = None
     """The hub id, where the folder is the hub's snapshot: it may lack the weights until `pin`."""
 
@@ -52,18 +54,25 @@ class Checkpoint:
             raise ConfigError(f"'{model}' is a {name}, which no model family runs; known: {', '.join(sorted(MODELS))}")
         family = MODELS[name]
         named = [part for part, classes in index.items() if isinstance(classes, list) and any(classes)]
+        absent = frozenset(family.optional).difference(named)
         for part in [*family.components, *named]:
-            if part not in family.unused and not (folder / part).is_dir():
+            if part not in {*family.unused, *absent} and not (folder / part).is_dir():
                 raise ConfigError(f"'{model}' is incomplete: the folder {part}/ is missing")
         for choices in family.files:
             if not any(all((folder / file).is_file() for file in files) for files in choices):
                 raise ConfigError(f"'{model}' is incomplete: {' and '.join(choices[0])} is missing")
-        return cls(folder, family, _capabilities(family, folder), None if local else model)
+        checkpoint = cls(folder, family, family.capabilities, absent, None if local else model)
+        return replace(checkpoint, capabilities=_capabilities(checkpoint, index))
+
+    @cached_property
+    def components(self) -> dict[str, Component]:
+        """Those of the family's that this checkpoint has."""
+        return {name: component for name, component in self.family.components.items() if name not in self.absent}
 
     @cached_property
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """config.json by component: the section that describes its class."""
-        return {name: self._config(name, component) for name, component in self.family.components.items()}
+        return {name: self._config(name, component) for name, component in self.components.items()}
 
     def _config(self, name: str, component: Component) -> Mapping[str, Any]:
         config = _read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
@@ -92,7 +101,7 @@ class Checkpoint:
         Its processes all read the folder that was checked: a snapshot is named by its commit, a branch may move.
         """
         if self.repository:
-            hub.fetch(self.repository, self.folder.name, list(self.family.components))
+            hub.fetch(self.repository, self.folder.name, list(self.components))
         return config.model_copy(update={"model": str(self.folder.absolute()), "revision": None})
 
     def check(self, config: ParallelConfig) -> None:
@@ -109,21 +118,21 @@ class Checkpoint:
                 f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} has {branches} guidance branches; "
                 f"use --cfg 1 or --cfg {branches}"
             )
-        heads = lookup(self.configs["transformer"], next(_head_counts(self.family.components["transformer"].plan)))
         used = config.tensor_parallel_size * config.ulysses_degree
-        if used > heads:
-            raise ConfigError(
-                f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, and "
-                f"the transformer has {heads}; use a product of at most {heads}, and --ring for more ranks"
-            )
+        for name, component in self.components.items():
+            if component.plan.sequence and used > (heads := lookup(self.configs[name], _head_count(component.plan))):
+                raise ConfigError(
+                    f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, "
+                    f"and the {name} has {heads}; use a product of at most {heads}, and --ring for more ranks"
+                )
 
     def footprint(self, config: ParallelConfig, dtype: str) -> list[dict[str, int]]:
         """Bytes of weights by rank and component."""
-        tensors = {name: self.tensors(name) for name in self.family.components}
+        tensors = {name: self.tensors(name) for name in self.components}
         ranks: list[dict[str, int]] = []
         for rank in range(config.world_size):
             held = {}
-            for name, component in self.family.components.items():
+            for name, component in self.components.items():
                 size, place = _share(component, config, rank)
                 plan, section = component.plan, self.configs[name]
                 held[name] = elements_per_rank(tensors[name], plan, section, size, place) * _BYTES[dtype] if size else 0
@@ -151,6 +160,10 @@ def _head_counts(plan: Plan) -> Iterator[str]:
                 yield from filter(None, (heads.count, heads.kv_count))
 
 
+def _head_count(plan: Plan) -> str:
+    return next(_head_counts(plan))
+
+
 def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int, int]:
     """(ranks that the component is cut over, this one's place among them); (0, 0) where it holds nothing."""
     match component.ranks:
@@ -173,12 +186,13 @@ def _local_folder(model: str) -> Path | None:
     return None
 
 
-def _capabilities(family: type[Model], folder: Path) -> Capabilities:
-    file = folder / "darkroom.json"
+def _capabilities(checkpoint: Checkpoint, index: Mapping[str, Any]) -> Capabilities:
+    family, file = checkpoint.family, checkpoint.folder / "darkroom.json"
+    described = family.capabilities.override(family.describe(index, checkpoint.configs))
     if not file.is_file():
-        return family.capabilities
+        return described
     try:
-        return family.capabilities.override(_read_json(file, ""))
+        return described.override(_read_json(file, ""))
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(f"{file.name}: '{first['loc'][0]}': {first['msg']}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,16 +117,20 @@ def load(
     axis: Axis,
     device: torch.device,
     dtype: torch.dtype,
+    kept: Collection[str] = (),
 ) -> Report:
     """Fill the parameters of `module`, which are on the meta device, with this rank's part of the checkpoint.
 
-    Raises ConfigError for a parameter that the checkpoint does not hold, or holds in another shape.
+    All become `dtype`, but fp32 where one of the names `kept` stands in a parameter's path. Raises ConfigError for a
+    parameter that the checkpoint does not hold, or holds in another shape.
     """
     import torch
 
     wanted = {**dict(module.named_parameters()), **_meta_buffers(module)}
     if missing := [name for name in wanted if name not in tensors]:
         raise ConfigError(f"the checkpoint has no '{missing[0]}' for {type(module).__name__} ({len(missing)} missing)")
+
+    exact = frozenset(kept)
 
     def fill(name: str) -> int:
         stored = tensors[name]
@@ -137,7 +141,7 @@ def load(
                 f"expects {list(whole)}: config.json does not fit the weights"
             )
         cut = cut_stored(stored, name, plan, config, axis.size, axis.rank)
-        _assign(module, name, _read(stored, cut, device, dtype))
+        _assign(module, name, _read(stored, cut, device, dtype if exact.isdisjoint(name.split(".")) else torch.float32))
         return cut.stored(stored.shape) if cut else math.prod(stored.shape)
 
     with ThreadPoolExecutor(_THREADS if device.type == "cuda" else 1) as pool:
