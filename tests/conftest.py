@@ -43,4 +43,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "longcat_image_5_heads": tiny.longcat_image(root / "longcat_image_5_heads", heads=5),
         "ovis_image_4_heads": tiny.ovis_image(root / "ovis_image_4_heads"),
         "ovis_image_5_heads": tiny.ovis_image(root / "ovis_image_5_heads", heads=5),
+        "wan_2_1_4_heads": tiny.wan(root / "wan_2_1_4_heads"),
+        "wan_2_1_5_heads": tiny.wan(root / "wan_2_1_5_heads", heads=5),
+        "wan_2_2": tiny.wan(root / "wan_2_2", boundary=0.875),
+        "wan_2_2_small": tiny.wan(root / "wan_2_2_small", heads=5, small=True),
     }

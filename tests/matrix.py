@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from darkroom.configs import ParallelConfig
+from darkroom.configs import ParallelConfig, Request
 from darkroom.engine.worker import Worker
 from tests.golden import Outputs, difference, generate, request, worker
 
@@ -63,31 +64,54 @@ LARGE = [request("a blue moon", width=320, height=272, num_inference_steps=2, se
 """More than one tile."""
 
 
-def every_kind(worker: Worker, tiled: bool) -> dict[str, Outputs]:
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Requests that are made together, and how."""
+
+    requests: Sequence[Request]
+    batched: bool = False
+    """Steps share forward passes; else they take turns."""
+    tiled: bool = False
+    """Too large for one tile: made where the decode is tiled, and nowhere else."""
+
+
+Kinds = Mapping[str, Kind]
+"""What every layout is asked for, by name."""
+
+TEXT_TO_IMAGE: Kinds = {
+    "interleaved": Kind(requests=PAIR),
+    "batched": Kind(requests=PAIR, batched=True),
+    "one branch": Kind(requests=ONE_BRANCH),
+    "large": Kind(requests=LARGE, tiled=True),
+}
+
+
+def every_kind(worker: Worker, tiled: bool, kinds: Kinds = TEXT_TO_IMAGE) -> dict[str, Outputs]:
     """What a worker gives for each kind of requests."""
-    kinds = {
-        "interleaved": generate(worker, PAIR),
-        "batched": generate(worker, PAIR, batched=True),
-        "one branch": generate(worker, ONE_BRANCH),
-    }
-    return {**kinds, "large": generate(worker, LARGE)} if tiled else kinds
+    wanted = {name: kind for name, kind in kinds.items() if tiled or not kind.tiled}
+    return {name: generate(worker, kind.requests, batched=kind.batched) for name, kind in wanted.items()}
 
 
 Expected = dict[tuple[str, bool], dict[str, Outputs]]
 """What one process gives, by checkpoint and whether its decode is tiled."""
 
 
-def one_process(folders: dict[str, Path]) -> Expected:
+def one_process(folders: dict[str, Path], kinds: Kinds = TEXT_TO_IMAGE) -> Expected:
     outputs = {}
     for name, folder in folders.items():
         for tiled in (False, True):
             with worker(folder, ParallelConfig(vae_use_tiling=tiled)) as one:
-                outputs[name, tiled] = every_kind(one, tiled)
+                outputs[name, tiled] = every_kind(one, tiled, kinds)
     return outputs
 
 
 def run_cells(
-    rank: int, size: int, folders: dict[str, Path], cells: list[Cell], fault: Fault = nullcontext
+    rank: int,
+    size: int,
+    folders: dict[str, Path],
+    cells: list[Cell],
+    fault: Fault = nullcontext,
+    kinds: Kinds = TEXT_TO_IMAGE,
 ) -> list[tuple[str, Cell, dict[str, Outputs]]]:
     """What this rank gives in every cell, for every checkpoint. For `run_ranks`."""
     results = []
@@ -96,7 +120,7 @@ def run_cells(
             for cell in cells:
                 config = ParallelConfig.model_validate(cell)
                 with worker(folder, config, rank) as one:
-                    results.append((name, cell, every_kind(one, config.vae_use_tiling)))
+                    results.append((name, cell, every_kind(one, config.vae_use_tiling, kinds)))
     return results
 
 

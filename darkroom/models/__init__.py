@@ -4,9 +4,10 @@ from .base import Component, Model, Sample
 from .longcat_image import LongCatImage
 from .ovis_image import OvisImage
 from .qwen_image import QwenImage
+from .wan import Wan
 from .z_image import ZImage
 
-FAMILIES: tuple[type[Model], ...] = (QwenImage, ZImage, LongCatImage, OvisImage)
+FAMILIES: tuple[type[Model], ...] = (QwenImage, ZImage, LongCatImage, OvisImage, Wan)
 
 MODELS: dict[str, type[Model]] = {name: family for family in FAMILIES for name in family.pipelines}
 """Family by the pipeline class that model_index.json names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from darkroom.parallel.plan import Colwise, EmbeddingColumns, Heads, KeyValueGroups, Plan, Rowwise
+from darkroom.parallel.plan import Colwise, EmbeddingColumns, HeadBias, Heads, KeyValueGroups, LocalHeads, Plan, Rowwise
 
 from .base import Component
 
@@ -41,4 +41,25 @@ QWEN3 = Component(
     ranks="world",
     prefixes={"model.": "", "": ""},
     leave_out=("lm_head.",),
+)
+
+_UMT5_HEADS, _UMT5_LAYER = Heads("num_heads"), "block.*.layer"
+
+UMT5 = Component(  # the encoder alone: the class around it has the embedding table twice
+    module="transformers.models.umt5.modeling_umt5",
+    name="UMT5Stack",
+    plan=Plan(
+        tensor={
+            "embed_tokens": EmbeddingColumns(),
+            **{f"{_UMT5_LAYER}.0.SelfAttention.{name}": Colwise(_UMT5_HEADS) for name in "qkv"},
+            f"{_UMT5_LAYER}.0.SelfAttention.o": Rowwise(_UMT5_HEADS),
+            f"{_UMT5_LAYER}.0.SelfAttention.relative_attention_bias": HeadBias(_UMT5_HEADS),  # every layer has its own
+            f"{_UMT5_LAYER}.0.SelfAttention": LocalHeads(_UMT5_HEADS, "n_heads"),
+            **{f"{_UMT5_LAYER}.1.DenseReluDense.{name}": Colwise() for name in ("wi_0", "wi_1")},
+            f"{_UMT5_LAYER}.1.DenseReluDense.wo": Rowwise(),
+        }
+    ),
+    ranks="world",
+    prefixes={"encoder.": "", "shared.": "embed_tokens."},
+    settings={"use_cache": False},  # which an encoder refuses, and config.json asks for
 )

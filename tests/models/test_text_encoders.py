@@ -10,7 +10,7 @@ import torch
 
 from darkroom.models.base import Component
 from darkroom.models.checkpoint import Checkpoint
-from darkroom.models.text_encoders import QWEN2_5_VL, QWEN3
+from darkroom.models.text_encoders import QWEN2_5_VL, QWEN3, UMT5
 
 LAYER = "layers.0.mlp.up_proj.weight"
 
@@ -26,6 +26,10 @@ LAYER = "layers.0.mlp.up_proj.weight"
         (QWEN3, LAYER, LAYER),
         (QWEN3, f"model.{LAYER}", LAYER),  # of the class that has logits
         (QWEN3, "lm_head.weight", None),
+        (UMT5, "encoder.block.1.layer.0.SelfAttention.q.weight", "block.1.layer.0.SelfAttention.q.weight"),
+        (UMT5, "shared.weight", "embed_tokens.weight"),  # most hold it by this name alone
+        (UMT5, "encoder.embed_tokens.weight", "embed_tokens.weight"),
+        (UMT5, "decoder.embed_tokens.weight", None),
     ],
 )
 def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str | None) -> None:
@@ -33,7 +37,7 @@ def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str 
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen_image_4_heads", "z_image_4_heads", "longcat_image_4_heads", "ovis_image_4_heads"]
+    "name", ["qwen_image_4_heads", "z_image_4_heads", "longcat_image_4_heads", "ovis_image_4_heads", "wan_2_1_4_heads"]
 )
 def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, checkpoints: dict[str, Path]) -> None:
     checkpoint = Checkpoint.open(str(checkpoints[name]))
