@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ class Checkpoint:
                 continue
             if not any(all((folder / file).is_file() for file in files) for files in choices):
                 raise ConfigError(f"'{model}' is incomplete: {' and '.join(choices[0])} is missing")
-        return cls(folder, family, _capabilities(family, folder), absent, None if local else model)
+        checkpoint = cls(folder, family, family.capabilities, absent, None if local else model)
+        return replace(checkpoint, capabilities=_capabilities(checkpoint, index))
 
     @cached_property
     def components(self) -> dict[str, Component]:
@@ -130,13 +131,13 @@ class Checkpoint:
                 f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} has {branches} guidance branches; "
                 f"use --cfg 1 or --cfg {branches}"
             )
-        heads = lookup(self.configs["transformer"], next(_head_counts(self.family.components["transformer"].plan)))
         used = config.tensor_parallel_size * config.ulysses_degree
-        if used > heads:
-            raise ConfigError(
-                f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, and "
-                f"the transformer has {heads}; use a product of at most {heads}, and --ring for more ranks"
-            )
+        for name, component in self.components.items():
+            if component.plan.sequence and used > (heads := lookup(self.configs[name], _head_count(component.plan))):
+                raise ConfigError(
+                    f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, "
+                    f"and the {name} has {heads}; use a product of at most {heads}, and --ring for more ranks"
+                )
 
     def footprint(self, config: ParallelConfig, dtype: str) -> list[dict[str, int]]:
         """Bytes of weights by rank and component."""
@@ -172,6 +173,10 @@ def _head_counts(plan: Plan) -> Iterator[str]:
                 yield from filter(None, (heads.count, heads.kv_count))
 
 
+def _head_count(plan: Plan) -> str:
+    return next(_head_counts(plan))
+
+
 def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int, int]:
     """(ranks that the component is cut over, this one's place among them); (0, 0) where it holds nothing."""
     match component.ranks:
@@ -194,12 +199,13 @@ def _local_folder(model: str) -> Path | None:
     return None
 
 
-def _capabilities(family: type[Model], folder: Path) -> Capabilities:
-    file = folder / "darkroom.json"
+def _capabilities(checkpoint: Checkpoint, index: Mapping[str, Any]) -> Capabilities:
+    family, file = checkpoint.family, checkpoint.folder / "darkroom.json"
+    described = family.capabilities.override(family.describe(index, checkpoint.configs))
     if not file.is_file():
-        return family.capabilities
+        return described
     try:
-        return family.capabilities.override(_read_json(file, ""))
+        return described.override(_read_json(file, ""))
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(f"{file.name}: '{first['loc'][0]}': {first['msg']}") from None
