@@ -41,6 +41,8 @@ class Capabilities(BaseModel):
     """The field of a request that sets the strength of classifier-free guidance, by the stock pipeline's name."""
     guidance_scale: float
     """The model card's strength."""
+    guidance_scale_2: float | None = None
+    """The model card's strength in the low-noise steps; None for models that have no second transformer for them."""
     no_guidance: float = 1.0
     """At this strength or less there is no guidance, and half the work."""
     max_guidance: float
@@ -108,7 +110,7 @@ class Capabilities(BaseModel):
             height=height,
             num_inference_steps=self._steps(params),
             guidance_scale=self._guidance(params),
-            guidance_scale_2=params.guidance_scale_2,
+            guidance_scale_2=self._guidance_2(params),
             embedded_guidance=self._embedded_guidance(params.guidance_scale),
             max_sequence_length=self._sequence_length(params.max_sequence_length),
             seed=secrets.randbelow(2**32) if params.seed is None else self._seed(params.seed),
@@ -254,17 +256,29 @@ class Capabilities(BaseModel):
             raise RequestError(
                 f"{self.family} takes '{self.guidance_parameter}'; '{other}' would have no effect.", param=other
             )
-        return self.guidance_scale if scale is None else self._strength_of(self.guidance_parameter, scale)
+        return self.guidance_scale if scale is None else self._strength_of_guidance(scale, self.guidance_parameter)
+
+    def _guidance_2(self, params: SamplingParams) -> float | None:
+        """Of a request that names neither strength the model card's; of one that names the first, the same: None."""
+        scale = params.guidance_scale_2
+        if scale is None:
+            return self.guidance_scale_2 if params.guidance_scale is None else None
+        if self.guidance_scale_2 is None:
+            raise RequestError(
+                f"'guidance_scale_2' is for models with a second transformer, which {self.family} is not.",
+                param="guidance_scale_2",
+            )
+        return self._strength_of_guidance(scale, "guidance_scale_2")
 
     def _embedded_guidance(self, scale: float | None) -> float | None:
         if scale is None or self.embedded_guidance is None:
             return self.embedded_guidance
-        return self._strength_of("guidance_scale", scale)
+        return self._strength_of_guidance(scale, "guidance_scale")
 
-    def _strength_of(self, parameter: str, scale: float) -> float:
+    def _strength_of_guidance(self, scale: float, param: str) -> float:
         if not 0 <= scale <= self.max_guidance:
             raise RequestError(
-                f"Invalid {parameter} {scale}: expected a number from 0 to {self.max_guidance:g}.", param=parameter
+                f"Invalid {param} {scale}: expected a number from 0 to {self.max_guidance:g}.", param=param
             )
         return float(scale)
 

@@ -158,6 +158,11 @@ class Model(ABC):
         """Parts of the pipeline that it cannot load by itself."""
         return {}
 
+    @classmethod
+    def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The capabilities that follow from a checkpoint: its model_index.json, and config.json by component."""
+        return {}
+
     @abstractmethod
     def tiling(self) -> Tiling:
         """The tiles that the stock VAE works in where it is told to."""
@@ -186,10 +191,12 @@ class Model(ABC):
         guided = request.guidance_scale > self.options.no_guidance
         return [request.prompt, request.negative_prompt] if guided else [request.prompt]
 
-    def spread_decode(self, z: torch.Tensor, decode: Decode, decode_tile: Decode) -> torch.Tensor | None:
+    def spread_decode(
+        self, z: torch.Tensor, decode: Decode, decode_tile: Decode, finish: Decode | None = None
+    ) -> torch.Tensor | None:
         """The VAE's own `decode` over the ranks that take part: by rows, or by tiles where tiling is asked for.
 
-        The picture on the output rank, None on the others.
+        `finish` is what the VAE does to tiles once they are one. The picture on the output rank, None on the others.
         """
         from darkroom.parallel.spatial import map_tiles
 
@@ -197,7 +204,8 @@ class Model(ABC):
             return None
         tiling = self.tiling()
         if self.use_tiling and tiling.applies(*z.shape[-2:]):
-            return map_tiles(z, decode_tile, tiling, self.mesh.vae)
+            decoded = map_tiles(z, decode_tile, tiling, self.mesh.vae)
+            return decoded if decoded is None or finish is None else finish(decoded)
         return self.patches.decode(z, decode)
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Checkpoint:
                 continue
             if not any(all((folder / file).is_file() for file in files) for files in choices):
                 raise ConfigError(f"'{model}' is incomplete: {' and '.join(choices[0])} is missing")
-        return cls(folder, family, _capabilities(family, folder), absent, None if local else model)
+        checkpoint = cls(folder, family, family.capabilities, absent, None if local else model)
+        return replace(checkpoint, capabilities=_capabilities(checkpoint, index))
 
     @cached_property
     def components(self) -> dict[str, Component]:
@@ -136,19 +137,24 @@ class Checkpoint:
                 f"use --cfg 1 or --cfg {branches}"
             )
         plan = self.family.components["transformer"].plan
-        count = next(_head_counts(plan), None)
-        heads = lookup(self.configs["transformer"], count) if count else math.inf
-        if count and plan.even_heads and heads % config.tensor_parallel_size:
+        degree = config.tensor_parallel_size
+        if degree > 1 and plan.even_heads and (heads := self._heads("transformer", plan)) % degree:
             raise ConfigError(
-                f"--tp {config.tensor_parallel_size}: the transformer has {heads} heads, and its class needs as many "
+                f"--tp {config.tensor_parallel_size}: the transformer has {heads:g} heads, and its class needs as many "
                 "on every rank"
             )
         used = config.tensor_parallel_size * config.ulysses_degree
-        if used > heads:
-            raise ConfigError(
-                f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, and "
-                f"the transformer has {heads}; use a product of at most {heads}, and --ring for more ranks"
-            )
+        for name, component in self.components.items():
+            if component.plan.sequence and used > (heads := self._heads(name, component.plan)):
+                raise ConfigError(
+                    f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, "
+                    f"and the {name} has {heads:g}; use a product of at most {heads:g}, and --ring for more ranks"
+                )
+
+    def _heads(self, name: str, plan: Plan) -> float:
+        """How many heads a component has; without a plan that cuts them, as many as one likes."""
+        count = next(_head_counts(plan), None)
+        return lookup(self.configs[name], count) if count else math.inf
 
     def notes(self, config: ParallelConfig) -> list[str]:
         """What an operator would want to know of degrees that are no error."""
@@ -237,12 +243,13 @@ def _other_family(model: str, name: str, index: Mapping[str, Any], folder: Path)
         ) from None
 
 
-def _capabilities(family: type[Model], folder: Path) -> Capabilities:
-    file = folder / "darkroom.json"
+def _capabilities(checkpoint: Checkpoint, index: Mapping[str, Any]) -> Capabilities:
+    family, file = checkpoint.family, checkpoint.folder / "darkroom.json"
+    described = family.capabilities.override(family.describe(index, checkpoint.configs))
     if not file.is_file():
-        return family.capabilities
+        return described
     try:
-        return family.capabilities.override(_read_json(file, ""))
+        return described.override(_read_json(file, ""))
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(f"{file.name}: '{first['loc'][0]}': {first['msg']}") from None

@@ -83,6 +83,13 @@ class HeadBias:
 
 
 @dataclass(frozen=True)
+class NormAcross:
+    """Cut an RMS norm over the features of all heads together; the ranks' sums of squares are added."""
+
+    heads: Heads
+
+
+@dataclass(frozen=True)
 class KeyValueGroups:
     """Set the module's attribute `name` to the query heads per key/value head that this rank holds."""
 
@@ -109,7 +116,7 @@ class LocalWidth:
 
 
 AttributeStyle = KeyValueGroups | LocalHeads | LocalWidth
-TensorStyle = Colwise | Rowwise | EmbeddingColumns | HeadBias | AttributeStyle
+TensorStyle = Colwise | Rowwise | EmbeddingColumns | HeadBias | NormAcross | AttributeStyle
 
 # ---- sequence parallelism --------------------------------------------------------------------------------------
 
@@ -255,6 +262,8 @@ def cut_parameter(
             return _cut(1, shape, None, False, config, size, rank)
         case HeadBias(heads=heads):
             return _cut(1, shape, heads, False, config, size, rank)
+        case NormAcross(heads=heads):
+            return _cut(0, shape, heads, False, config, size, rank)
     return None
 
 

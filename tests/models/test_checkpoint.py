@@ -143,6 +143,29 @@ def test_an_optional_component_may_be_left_out(folder: Path) -> None:
     open_checkpoint(config(folder))
 
 
+def test_a_part_that_a_family_may_do_without(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["wan_2_2"], tmp_path / "model"))
+    whole = Checkpoint.open(str(folder))
+    [everything] = whole.footprint(ParallelConfig(), "float32")
+    assert not whole.absent and everything.keys() == whole.family.components.keys()
+    (folder / "transformer_2").rename(tmp_path / "elsewhere")
+    assert error(folder) == f"'{folder}' is incomplete: the folder transformer_2/ is missing"
+    edit(folder / "model_index.json", transformer_2=[None, None])
+    assert error(folder) == "model_index.json names no transformer_2, and its boundary_ratio of 0.875 needs one"
+    edit(folder / "model_index.json", boundary_ratio=None)
+    less = Checkpoint.open(str(folder))
+    assert less.absent == {"transformer_2"}
+    assert less.footprint(ParallelConfig(), "float32") == [
+        {k: v for k, v in everything.items() if k != "transformer_2"}
+    ]
+
+
+def test_heads_of_every_transformer_are_counted(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["wan_2_2"], tmp_path / "model"))
+    edit(folder / "transformer_2" / "config.json", num_attention_heads=2)
+    assert "and the transformer_2 has 2; use a product of at most 2" in error(folder, usp=4)
+
+
 # ---- darkroom.json -------------------------------------------------------------------------------------------------
 
 
@@ -217,10 +240,9 @@ def held(rank: int, size: int, folders: list[Path]) -> list[dict[str, int]]:
     for folder in folders:
         for layout in LAYOUTS[size]:
             with worker(folder, ParallelConfig.model_validate(layout), rank) as one:
-                modules = {name: getattr(one.model.pipe, name) for name in one.model.components} | {
-                    "vae": one.model.vae
-                }
-                results.append({name: size_of(module) for name, module in modules.items()})
+                modules = {name: getattr(one.model.pipe, name) for name in one.model.components}
+                modules["vae"] = one.model.vae
+                results.append({name: size_of(module) for name, module in modules.items() if module is not None})
     return results
 
 
