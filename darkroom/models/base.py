@@ -160,7 +160,8 @@ class Model(ABC):
 
     @classmethod
     def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """The capabilities that follow from a checkpoint: its model_index.json, and config.json by component."""
+        """The capabilities that follow from a checkpoint: its model_index.json, and configs by component, with the
+        scheduler's."""
         return {}
 
     @abstractmethod

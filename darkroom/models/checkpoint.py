@@ -245,7 +245,9 @@ def _other_family(model: str, name: str, index: Mapping[str, Any], folder: Path)
 
 def _capabilities(checkpoint: Checkpoint, index: Mapping[str, Any]) -> Capabilities:
     family, file = checkpoint.family, checkpoint.folder / "darkroom.json"
-    described = family.capabilities.override(family.describe(index, checkpoint.configs))
+    scheduler = _read_json(checkpoint.folder / "scheduler" / "scheduler_config.json", "the checkpoint is incomplete")
+    configs = {**checkpoint.configs, "scheduler": scheduler}
+    described = family.capabilities.override(family.describe(index, configs))
     if not file.is_file():
         return described
     try:
