@@ -128,6 +128,8 @@ class Darkroom:
                             on_progress(done, total)
                     case Finished(id=id):
                         finished[id] = event
+                    case Failed(reason="invalid", error=error, param=param):
+                        raise RequestError(error, param=param)
                     case Failed(error=error):
                         raise GenerationError(error)
         finally:

@@ -70,12 +70,16 @@ class Finished(Message, frozen=True):
     image_tokens: int
     stages: dict[str, float]
     """Seconds by stage: queue, prepare, denoise, decode, encode."""
+    input_image_tokens: int = 0
+    """Of the pictures that came with the request, as the transformer knows them."""
 
 
 class Failed(Message, frozen=True):
     id: str
     error: str
-    reason: Literal["internal", "unavailable", "busy"] = "internal"
+    reason: Literal["internal", "unavailable", "busy", "invalid"] = "internal"
+    """`invalid`: the client can mend it, and is told the error and the field."""
+    param: str | None = None
 
 
 # engine -> workers: every worker gets every command, in the same order
@@ -119,6 +123,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     text_tokens: int
     image_tokens: int
+    input_image_tokens: int = 0
 
 
 class Done(Message, frozen=True):
@@ -130,6 +135,8 @@ class Error(Message, frozen=True):
     rank: int
     error: str
     is_config_error: bool = False
+    param: str | None = None
+    """The field of the request that is at fault, such as a picture that cannot be decoded."""
 
 
 class Encoded(Message, frozen=True):

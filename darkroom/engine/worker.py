@@ -15,7 +15,7 @@ import zmq
 
 from darkroom.configs.config import EngineConfig
 from darkroom.configs.devices import torch_threads
-from darkroom.configs.errors import ConfigError
+from darkroom.configs.errors import ConfigError, RequestError
 from darkroom.configs.request import Request
 from darkroom.models import Model, Sample
 from darkroom.models.build import build
@@ -84,7 +84,12 @@ class Worker:
     def _prepare(self, id: str, request: Request) -> Prepared:
         sample = self.model.prepare(request)
         self.samples[id] = sample
-        return Prepared(num_steps=sample.num_steps, text_tokens=sample.text_tokens, image_tokens=sample.image_tokens)
+        return Prepared(
+            num_steps=sample.num_steps,
+            text_tokens=sample.text_tokens,
+            image_tokens=sample.image_tokens,
+            input_image_tokens=sample.input_image_tokens,
+        )
 
     def _wait_for_last_step(self) -> None:
         """Run at most one step ahead of the GPU: it never waits for Python, and a cancel takes effect in a step."""
@@ -138,6 +143,8 @@ class WorkerProcess:
                 _wait_for_device(worker.model.device)  # the time is the decode's, and the encoder finds it done
                 return Done(rank=self.rank)
             return Done(rank=self.rank, prepared=worker.execute(command))
+        except RequestError as e:  # a picture whose header was good, and the rest of the file is not
+            return Error(rank=self.rank, error=str(e), param=e.param)
         except torch.AcceleratorError:
             logger.exception("the device is lost to rank %d", self.rank)
             os._exit(1)  # every later call would fail too: the engine starts another process

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import zmq
 import zmq.asyncio
 
+from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request
 from darkroom.engine.messages import (
     Cancel,
@@ -68,7 +69,8 @@ class EngineClient:
     async def generate(self, request: Request) -> AsyncGenerator[Progress | Preview | Finished, None]:
         """What happens to one picture; the last event is `Finished`. Closing the iterator before it cancels.
 
-        Raises `EngineError`, and does so at once unless the engine is ready.
+        Raises `EngineError`, and does so at once unless the engine is ready; `RequestError` for what only the
+        workers could see, such as a picture that is cut off.
         """
         if self.last_status.state != "ready":
             raise EngineError("unavailable", f"the engine is {self.last_status.state}")
@@ -82,7 +84,7 @@ class EngineClient:
                 if isinstance(event, EngineError):
                     raise event
                 if isinstance(event, Failed):
-                    raise EngineError(event.reason, event.error)
+                    raise _error(event)
                 yield event
         finally:
             del self._waiters[id]
@@ -135,6 +137,12 @@ class EngineClient:
     async def _send(self, message: Inbound) -> None:
         if not self._socket.closed:  # as for a request that is cancelled while the server stops
             await self._socket.send(encode(message))
+
+
+def _error(failed: Failed) -> EngineError | RequestError:
+    if failed.reason == "invalid":
+        return RequestError(failed.error, param=failed.param)
+    return EngineError(failed.reason, failed.error)
 
 
 async def interleave(
