@@ -53,7 +53,7 @@ def _form_schema(model: type[BaseModel], files: Sequence[str], without: Sequence
 )
 async def create_image(http: HttpRequest, context: Shared) -> Response:
     asked = GenerationRequest.read(await read_json(http))
-    return await _draw(http, context, asked, Pictures(), "image_generation")
+    return await _draw(http, context, asked, Pictures(), "image_generation" if asked.stream else None)
 
 
 @router.post(
@@ -74,9 +74,10 @@ async def edit_image(http: HttpRequest, context: Shared) -> Response:
         case "application/json":
             asked = EditRequest.read(await read_json(http, context.limits.max_upload_mb << 20))
             pictures = await asyncio.to_thread(from_json, asked.images, asked.mask)
+            asked = asked.model_copy(update={"images": None, "mask": None})  # tens of megabytes, in base64
         case _:
             raise unsupported(http, "'multipart/form-data' or 'application/json'")
-    return await _draw(http, context, asked, pictures, "image_edit")
+    return await _draw(http, context, asked, pictures, "image_edit" if asked.stream else None)
 
 
 @router.post(
@@ -96,8 +97,9 @@ async def create_variation(http: HttpRequest, context: Shared) -> Response:
 
 
 async def _draw(
-    http: HttpRequest, context: Context, asked: ImageRequest, pictures: Pictures, events: str = ""
+    http: HttpRequest, context: Context, asked: ImageRequest, pictures: Pictures, events: str | None = None
 ) -> Response:
+    """`events` is their name, where they are asked for."""
     check_model(asked.model, context)
     first = (
         await asyncio.to_thread(_resolve, asked, pictures, context)
@@ -111,7 +113,7 @@ async def _draw(
         output_format=asked.output_format,
     )
     made = _generate(http, context, [first.picture(i) for i in range(asked.n)])
-    if getattr(asked, "stream", False):
+    if events:
         return EventStream(stream(made, look, events))
     return await answer(made, look, Shelf(http, context.files) if asked.response_format == "url" else None)
 

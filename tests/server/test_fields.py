@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 
 import pytest
 
+from darkroom.configs.config import Limits
 from darkroom.server.fields import EditRequest, GenerationRequest, VariationRequest
 from tests.golden import picture_file
 
@@ -191,7 +193,13 @@ def test_sizes_of_a_generation(http, engine):
 
 
 @pytest.mark.parametrize("route", [GenerationRequest, EditRequest, VariationRequest])
-def test_every_field_is_described(route):
-    """In docs/api.md and in the document."""
-    for name, field in route.model_fields.items():
-        assert field.description or name == "output_format", name
+def test_every_field_is_in_the_docs(route):
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    assert [name for name in route.model_fields if f"`{name}`" not in page] == []
+
+
+def test_every_limit_is_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    for name, field in Limits.model_fields.items():
+        assert f"`--{name.replace('_', '-')}`" in page
+        assert name.startswith("url_") or f"| {field.default} |" in page
