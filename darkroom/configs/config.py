@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from .errors import ConfigError
 from .parallel import ParallelConfig
+from .pictures import MAX_PIXELS
 from .request import SamplingParams
 
 AttentionBackend = Literal[
@@ -97,7 +98,21 @@ class CheckConfig(EngineConfig, _CommandLine):
     model_config = SettingsConfigDict(cli_prog_name="darkroom check")
 
 
-class ServeConfig(EngineConfig, _CommandLine):
+class Limits(BaseModel):
+    """What the server takes in, and what it keeps for a while."""
+
+    model_config = ConfigDict(frozen=True)
+
+    max_upload_mb: int = Field(128, ge=1, le=2048, description="MiB of a request with pictures")
+    max_image_mb: int = Field(50, ge=1, le=2048, description="MiB of one picture that is sent in")
+    max_image_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS, description="pixels of one, by its header")
+    max_form_fields: int = Field(128, ge=1, le=10_000, description="fields of a form, pictures included")
+    max_field_kb: int = Field(256, ge=1, le=10_240, description="KiB of a form's field that is text")
+    url_seconds: int = Field(3600, ge=1, le=604_800, description='how long a picture\'s "url" can be fetched')
+    url_storage_mb: int = Field(1024, ge=1, description="MiB of pictures kept for it; the oldest go first")
+
+
+class ServeConfig(Limits, EngineConfig, _CommandLine):
     """`darkroom serve`: the OpenAI-compatible HTTP server."""
 
     model_config = SettingsConfigDict(cli_prog_name="darkroom serve")

@@ -71,6 +71,8 @@ class Finished(Message, frozen=True):
     image_tokens: int
     stages: dict[str, float]
     """Seconds by stage: queue, prepare, denoise, decode, encode."""
+    input_image_tokens: int = 0
+    """Of the pictures that came with the request, as the transformer knows them."""
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +141,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     text_tokens: int
     image_tokens: int
+    input_image_tokens: int = 0
 
 
 class Done(Message, frozen=True):

@@ -177,5 +177,6 @@ class Scheduler:
             seed=job.request.seed,
             text_tokens=job.prepared.text_tokens,
             image_tokens=job.prepared.image_tokens,
+            input_image_tokens=job.prepared.input_image_tokens,
             stages=job.stages,
         )

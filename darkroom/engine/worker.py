@@ -86,7 +86,12 @@ class Worker:
     def _prepare(self, id: str, request: Request) -> Prepared:
         sample = self.model.prepare(request)
         self.samples[id] = sample
-        return Prepared(num_steps=sample.num_steps, text_tokens=sample.text_tokens, image_tokens=sample.image_tokens)
+        return Prepared(
+            num_steps=sample.num_steps,
+            text_tokens=sample.text_tokens,
+            image_tokens=sample.image_tokens,
+            input_image_tokens=sample.input_image_tokens,
+        )
 
     def _wait_for_last_step(self) -> None:
         """Run at most one step ahead of the GPU: it never waits for Python, and a cancel takes effect in a step."""

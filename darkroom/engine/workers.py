@@ -57,7 +57,7 @@ class LoadFailed(WorkersLost):
 
 
 class CommandFailed(Exception):
-    """Every rank refused the command alike; the group is whole."""
+    """Every rank refused the command alike; the group is whole. `refusal` is set where the client is at fault."""
 
     def __init__(self, message: str, refusal: Refusal | None = None) -> None:
         super().__init__(message)

@@ -96,6 +96,11 @@ class Sample:
     """The clean latents of the pictures that are edited, which the transformer sees behind the sample's own."""
 
     @property
+    def input_image_tokens(self) -> int:
+        """Tokens of the pictures that came with the request: seen beside the sample's own, or begun from."""
+        return self.image_tokens * len(self.request.images) if self.context is None else int(self.context.shape[1])
+
+    @property
     def timestep(self) -> torch.Tensor:
         timestep: torch.Tensor = self.scheduler.timesteps[self.first_step + self.step]
         return timestep

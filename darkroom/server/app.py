@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,16 +14,29 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.config import Limits
 
-from . import images, models
+from . import answers, images, models
 from .client import EngineClient, EngineError
 from .context import Context, Shared
 from .errors import ErrorEnvelope, http_exception
+from .files import FileStore
 from .middleware import Outermost
 
 
-def create_app(*, capabilities: Capabilities, served_name: str, client: EngineClient) -> FastAPI:
-    """The caller closes `client`, and tells it by `fail_all` when the engine's process has died."""
+def create_app(
+    *,
+    capabilities: Capabilities,
+    served_name: str,
+    client: EngineClient,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    folder: Path | None = None,
+) -> FastAPI:
+    """The caller closes `client`, and tells it by `fail_all` when the engine's process has died.
+
+    What is kept on disk for a while goes into a folder of its own in `folder`, or where temporary files go.
+    """
+    files = FileStore(limits, folder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -30,6 +44,7 @@ def create_app(*, capabilities: Capabilities, served_name: str, client: EngineCl
         yield
         listener.cancel()
         await asyncio.gather(listener, return_exceptions=True)
+        files.close()
 
     failures: dict[int | str, dict[str, Any]] = {kind: {"model": ErrorEnvelope} for kind in ("4XX", "5XX")}
     app = FastAPI(
@@ -40,10 +55,13 @@ def create_app(*, capabilities: Capabilities, served_name: str, client: EngineCl
         docs_url=None,  # these pages load scripts from elsewhere; /openapi.json is the document
         redoc_url=None,
     )
-    app.state.context = context = Context(capabilities=capabilities, served_name=served_name, client=client)
+    app.state.context = context = Context(
+        capabilities=capabilities, served_name=served_name, client=client, limits=limits, files=files
+    )
     app.add_middleware(Outermost, metrics=context.metrics)
     app.add_exception_handler(HTTPException, http_exception)
     app.include_router(images.router)
+    app.include_router(answers.router)
     app.include_router(models.router)
     app.add_api_route("/health", health)
     app.add_api_route("/metrics", metrics, response_class=Response)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -19,6 +20,7 @@ JSON_LIMIT = 2 * 1024 * 1024
 """Bytes of a JSON body without pictures."""
 
 _BODY_SECONDS = 60.0
+"""To send a body in, and a second more for each MiB that it may have."""
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -37,11 +39,10 @@ M = TypeVar("M", bound=BaseModel)
 
 async def read_json(request: Request, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """The body of an `application/json` request, which must be an object. Raises `ApiError`."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        message = f"Unsupported content type '{media_type[:80]}': expected 'application/json'."
-        raise ApiError(415, message, code="unsupported_content_type")
-    data = await _read(request, limit)
+    if media_type(request) != "application/json":
+        raise unsupported(request, "'application/json'")
+    data = bytearray()
+    await receive(request, limit, data.extend)
     try:
         body = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -68,20 +69,31 @@ async def disconnection(request: Request) -> NoReturn:
     raise ClientDisconnect
 
 
-async def _read(request: Request, limit: int) -> bytes:
+def media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def unsupported(request: Request, expected: str) -> ApiError:
+    message = f"Unsupported content type '{media_type(request)[:80]}': expected {expected}."
+    return ApiError(415, message, code="unsupported_content_type")
+
+
+async def receive(request: Request, limit: int, take: Callable[[bytes], object]) -> None:
+    """Give the body to `take`, piece by piece as it comes. Raises `ApiError` beyond `limit` bytes, or its time."""
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
-    data = bytearray()
+    received, seconds = 0, _BODY_SECONDS + limit / 2**20
     try:
-        async with asyncio.timeout(_BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                data += chunk
-                if len(data) > limit:
+                received += len(chunk)
+                if received > limit:
                     raise too_large
+                if chunk:
+                    take(chunk)
     except TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {_BODY_SECONDS:g} seconds.") from None
-    return bytes(data)
+        raise ApiError(408, f"The body did not arrive within {seconds:g} seconds.") from None
 
 
 def _request_error(error: ErrorDetails, model: type[BaseModel]) -> RequestError:

@@ -9,8 +9,10 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.config import Limits
 
 from .client import EngineClient
+from .files import FileStore
 from .metrics import Metrics
 
 
@@ -19,6 +21,8 @@ class Context:
     capabilities: Capabilities
     served_name: str
     client: EngineClient
+    limits: Limits
+    files: FileStore
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds."""

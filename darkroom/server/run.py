@@ -41,7 +41,13 @@ async def _serve(
     config: ServeConfig, capabilities: Capabilities, engine: EngineProcess, listener: socket.socket
 ) -> int:
     client = EngineClient(engine.address)
-    app = create_app(capabilities=capabilities, served_name=config.served_name, client=client)
+    app = create_app(
+        capabilities=capabilities,
+        served_name=config.served_name,
+        client=client,
+        limits=config,
+        folder=engine.run_dir,  # which goes when the engine does, however this process ends
+    )
     server = _Server(
         uvicorn.Config(
             app,

@@ -43,6 +43,13 @@ SERVE_FLAGS = [
     ("--port", "0", "port", 0),
     ("--served-model-name", "a/b", "served_model_name", "a/b"),
     ("--omni", None, "omni", True),
+    ("--max-upload-mb", "7", "max_upload_mb", 7),
+    ("--max-image-mb", "7", "max_image_mb", 7),
+    ("--max-image-pixels", "7", "max_image_pixels", 7),
+    ("--max-form-fields", "7", "max_form_fields", 7),
+    ("--max-field-kb", "7", "max_field_kb", 7),
+    ("--url-seconds", "7", "url_seconds", 7),
+    ("--url-storage-mb", "7", "url_storage_mb", 7),
 ]
 GENERATE_FLAGS = [
     ("--output", "a.jpg", "output", Path("a.jpg")),

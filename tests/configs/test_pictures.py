@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,13 @@ def test_a_mask_without_alpha_is_what_is_white() -> None:
     assert np.array_equal(np.asarray(load_mask(mask)), np.asarray(Image.open(io.BytesIO(mask))))
 
 
-def png_header(width: int, height: int) -> bytes:
+def png_header(width: int, height: int, empty_chunks: int = 0) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    chunks = [chunk(b"IHDR", header), chunk(b"teSt", b"") * empty_chunks, chunk(b"IDAT", zlib.compress(b""))]
+    return b"".join([b"\x89PNG\r\n\x1a\n", *chunks, chunk(b"IEND", b"")])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,7 @@ def png_header(width: int, height: int) -> bytes:
         (save(Image.new("RGB", (8, 8)), "GIF"), "is no PNG, JPEG or WebP file"),
         (save(Image.new("RGB", (8, 8)), "TIFF"), "is no PNG, JPEG or WebP file"),
         (b"\x89PNG\r\n\x1a\n", "is no PNG, JPEG or WebP file"),
+        (png_header(64, 64, empty_chunks=70_000), "is a PNG file of more than 65536 chunks"),
         (png_header(10_000, 10_000), f"10000x10000 pixels; at most {MAX_PIXELS} can be taken"),
         (png_header(60_000, 60_000), f"at most {MAX_PIXELS} can be taken"),
     ],
@@ -96,3 +99,35 @@ def test_a_picture_that_is_cut_off_is_refused(data: bytes) -> None:
     assert picture_size(data, "mask") == (64, 64)
     with pytest.raises(RequestError, match="cannot be decoded: the file is broken"):
         load_mask(data)
+
+
+def test_an_orientation_that_is_none_leaves_a_picture_as_it_is() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = save(Image.new("RGB", (30, 20)), "JPEG", exif=exif)
+    as_text = data.replace(b"\x01\x12\0\x03", b"\x01\x12\0\x02")
+    assert as_text != data
+    assert picture_size(as_text, "image") == load_picture(as_text).size == (30, 20)
+
+
+def test_bytes_that_are_changed_at_random_are_a_picture_or_refused() -> None:
+    random = Random(5)
+    whole = [save(Image.new("RGB", (60, 40), "red"), kind) for kind in ("PNG", "JPEG", "WEBP")]
+    refused = 0
+    for _ in range(1500):
+        data = bytearray(random.choice(whole))
+        for _ in range(random.randint(1, 5)):
+            place = random.randrange(min(len(data), 200))
+            data[place : place + random.randint(0, 4)] = random.randbytes(random.randint(0, 4))
+        try:
+            picture_size(bytes(data), "image")
+            load_picture(bytes(data))
+        except RequestError:
+            refused += 1
+    assert 0 < refused < 1500
+
+
+def test_the_limit_may_be_lower() -> None:
+    assert picture_size(png_header(64, 64), "image", 64 * 64) == (64, 64)
+    with pytest.raises(RequestError, match="64x64 pixels; at most 4095 can be taken"):
+        picture_size(png_header(64, 64), "image", 4095)

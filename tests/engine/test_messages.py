@@ -58,8 +58,8 @@ MESSAGES: dict[type[Message], Message] = {
     Drop: Drop(ids=()),
     Exit: Exit(),
     Loaded: Loaded(rank=3),
-    Done: Done(rank=1, prepared=(Prepared(num_steps=20, text_tokens=7, image_tokens=64),)),
-    Error: Error(rank=1, error="no", is_config_error=True),
+    Done: Done(rank=1, prepared=(Prepared(num_steps=20, text_tokens=7, image_tokens=64, input_image_tokens=9),)),
+    Error: Error(rank=1, error="no", is_config_error=True, refusal=Refusal(message="no", param=None, code="bad")),
     Encoded: Encoded(id="a", files=(b"\x89PNG",), seconds=0.5, preview=0),
     EncodingFailed: EncodingFailed(id="a", error="no"),
 }

@@ -27,6 +27,7 @@ from darkroom.engine.messages import (
     Prepared,
     Preview,
     Progress,
+    Refusal,
     Step,
 )
 from darkroom.engine.scheduler import Scheduler
@@ -291,6 +292,13 @@ def test_a_refused_command_fails_its_request_alone(kind: type[Command]) -> None:
     scheduler = filled(generate("a"), generate("b"), max_running=1)
     assert scheduler.fail(until(scheduler, kind), "no") == [Failed(id="a", error="no")]
     assert [type(c) for c in commands(scheduler)] == [Drop, Prepare, Step, Step, Decode, Drop]
+
+
+def test_a_command_that_is_the_clients_fault_is_told_so() -> None:
+    scheduler = filled(generate("a"))
+    refusal = Refusal(message="the file is broken", param="image", code="invalid_value")
+    failed = scheduler.fail(until(scheduler, Prepare), "the file is broken", refusal)
+    assert failed == [Failed(id="a", error="the file is broken", refusal=refusal)]
 
 
 @pytest.mark.parametrize("preview", [None, 0])

@@ -20,7 +20,7 @@ from darkroom.engine import workers
 from darkroom.engine.messages import Command, Decode, Drop, Encoded, Error, Prepare, Step, encode
 from darkroom.engine.workers import CommandFailed, LoadFailed, WorkerGroup, WorkersLost
 from tests.engine.peer import PATIENCE, config, have_gone
-from tests.golden import request
+from tests.golden import picture_file, request
 
 
 @contextmanager
@@ -92,6 +92,19 @@ def test_a_command_that_all_ranks_refuse_leaves_the_group_whole(group: WorkerGro
     with pytest.raises(CommandFailed, match="KeyError: 'z'"):
         run(group, Step(ids=("z",)))
     run(group, prepare("a"), Step(ids=("a",)), Drop(ids=("a",)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_picture_that_is_cut_off_is_the_clients_fault_and_no_end_of_the_group(
+    group: WorkerGroup, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several GPUs too, where any other error ends the group."""
+    monkeypatch.setattr(group, "config", group.config.model_copy(update={"device": device}))
+    broken = request(task="image-to-image", images=(picture_file(112, 80)[:-300],), strength=0.5)
+    with pytest.raises(CommandFailed, match="cannot be decoded") as caught:
+        run(group, Prepare(ids=("a",), requests=(broken,)))
+    assert caught.value.refusal is not None and caught.value.refusal.param == "image"
+    run(group, Drop(ids=("a",)), prepare("b"), Step(ids=("b",)), Drop(ids=("b",)))
 
 
 def test_nothing_is_done_without_a_command(group: WorkerGroup) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.config import Limits
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
 
@@ -42,6 +43,11 @@ CAPABILITIES = Capabilities(
     axes=("cfg", "ring", "ulysses", "tp"),
 )
 
+OVER = {"tasks": ("text-to-image", "image-to-image", "inpaint"), "max_images": 1}
+EDIT = {"tasks": ("edit",), "max_images": 4, "image_area": 256 * 256}
+LAYERED = {"tasks": ("layered",), "max_images": 1, "image_area": 128 * 128, "layers": 3, "max_layers": 8}
+VIDEO = {"tasks": ("text-to-video",), "fps": 16, "num_frames": 17, "max_frames": 81, "frame_multiple": 4}
+
 
 @dataclass
 class Server:
@@ -53,11 +59,13 @@ class Server:
 
 
 @contextmanager
-def serving(engine: ScriptedEngine, name: str = NAME) -> Iterator[Server]:
+def serving(
+    engine: ScriptedEngine, name: str = NAME, capabilities: Capabilities = CAPABILITIES, limits: Limits | None = None
+) -> Iterator[Server]:
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio overlooks it where it did not bind
     client = EngineClient(engine.address)
-    app = create_app(capabilities=CAPABILITIES, served_name=name, client=client)
+    app = create_app(capabilities=capabilities, served_name=name, client=client, limits=limits or Limits())
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -114,3 +122,40 @@ def http(server: Server, _clients: tuple[httpx.Client, openai.OpenAI]) -> httpx.
 @pytest.fixture
 def sdk(server: Server, _clients: tuple[httpx.Client, openai.OpenAI]) -> openai.OpenAI:
     return _clients[1]
+
+
+@pytest.fixture(scope="session")
+def _others(_server: Server) -> Iterator[dict[str, Server]]:
+    """Servers of models that take pictures, over the same engine."""
+    with ExitStack() as stack:
+        kinds = {"over": OVER, "edit": EDIT, "layered": LAYERED, "video": VIDEO}
+        yield {
+            kind: stack.enter_context(serving(_server.engine, capabilities=CAPABILITIES.override(values)))
+            for kind, values in kinds.items()
+        }
+
+
+@pytest.fixture
+def http_of(server: Server, _others: dict[str, Server]) -> Iterator[Callable[[str], httpx.Client]]:
+    with ExitStack() as stack:
+        yield lambda kind: stack.enter_context(httpx.Client(base_url=_others[kind].url, timeout=10))
+
+
+@pytest.fixture
+def sdk_of(server: Server, _others: dict[str, Server]) -> Iterator[Callable[[str], openai.OpenAI]]:
+    with ExitStack() as stack:
+        yield lambda kind: stack.enter_context(
+            openai.OpenAI(base_url=f"{_others[kind].url}/v1", api_key="any", max_retries=0, timeout=10)
+        )
+
+
+@pytest.fixture
+def over(http_of: Callable[[str], httpx.Client]) -> httpx.Client:
+    """To a model that draws over pictures."""
+    return http_of("over")
+
+
+@pytest.fixture
+def edit(http_of: Callable[[str], httpx.Client]) -> httpx.Client:
+    """To a model that edits pictures."""
+    return http_of("edit")

@@ -116,6 +116,7 @@ def finished(message: Generate, image: bytes | None = None) -> Finished:
         seed=message.request.seed,
         text_tokens=7,
         image_tokens=64,
+        input_image_tokens=16 * len(message.request.images),
         stages={"queue": 0.002, "prepare": 0.02, "denoise": 0.5, "decode": 0.05, "encode": 0.01},
     )
 
@@ -126,10 +127,12 @@ def slow(message: Generate) -> Iterator[Event | float]:
     yield 3600.0
 
 
-def failing(reason: str, *before: Event | float, error: str = "/secret/path.py: out of memory") -> Script:
+def failing(
+    reason: str, *before: Event | float, error: str = "/secret/path.py: out of memory", param: str | None = None
+) -> Script:
     def script(message: Generate) -> Iterator[Event | float]:
         yield from before
-        yield Failed(id=message.id, error=error, reason=reason)
+        yield Failed(id=message.id, error=error, reason=reason, param=param)
 
     return script
 

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
 import time
 
 import httpx
+import msgspec
 import openai
 import pytest
 
 from darkroom.engine.messages import Failed, Preview, Progress
 from darkroom.server.client import EngineError
-from darkroom.server.images import ImageRequest
+from darkroom.server.fields import GenerationRequest
+from tests.golden import picture_file
 
-from .conftest import NAME
-from .engine import finished, slow, wait_until
+from .conftest import CAPABILITIES, NAME
+from .engine import failing, finished, slow, wait_until
 
 PATH = "/v1/images/generations"
 
@@ -68,7 +71,7 @@ def test_the_sdk_reads_it(sdk):
 
 
 def test_defaults_are_the_models_and_a_null_is_a_default(http, engine):
-    nullable = [*(ImageRequest.model_fields.keys() - {"prompt"}), "steps", "extra_body", "extra_params"]
+    nullable = [*(GenerationRequest.model_fields.keys() - {"prompt"}), "steps", "extra_body", "extra_params"]
     answer = create(http, **dict.fromkeys(nullable))
     assert (answer["size"], answer["quality"], answer["output_format"]) == ("128x128", "high", "png")
     request = engine.requests[0].request
@@ -138,6 +141,7 @@ def test_every_prompt_within_the_limit_is_taken(http, engine):
         assert engine.requests[-1].request.prompt == prompt
 
 
+NO_MODEL = "model_not_found"
 INVALID, TYPE, BELOW, ABOVE = "invalid_value", "invalid_type", "integer_below_min_value", "integer_above_max_value"
 DEEP = json.loads("[" * 400 + "]" * 400)
 HOSTILE = [
@@ -182,7 +186,8 @@ HOSTILE = [
     ({"output_compression": 80}, "output_compression", INVALID),
     ({"output_compression": -1, "output_format": "jpeg"}, "output_compression", BELOW),
     ({"output_compression": 101, "output_format": "jpeg"}, "output_compression", ABOVE),
-    ({"response_format": "url"}, "response_format", INVALID),
+    ({"response_format": "file"}, "response_format", INVALID),
+    ({"response_format": "url", "stream": True}, "response_format", INVALID),
     ({"moderation": "none"}, "moderation", INVALID),
     ({"style": "vivid"}, "style", INVALID),
     ({"complexity": "low"}, "complexity", INVALID),
@@ -360,3 +365,234 @@ def test_previews_are_sent_as_they_come(http, engine):
     with http.stream("POST", PATH, json={"prompt": "x", "stream": True, "partial_images": 1}) as response:
         assert next(response.iter_lines()) == "event: image_generation.partial_image"
     assert wait_until(lambda: len(engine.cancelled) == 1)
+
+
+# ---- pictures in: edits, masks, variations ---------------------------------------------------------------------------
+
+EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
+PICTURE, OTHER, MASK = picture_file(96, 80), picture_file(64, 128, seed=1), picture_file(96, 80, seed=2, mode="RGBA")
+
+
+def test_the_sdk_edits(sdk_of, engine):
+    answer = sdk_of("edit").images.edit(image=PICTURE, prompt="make it red", model=NAME, extra_body={"seed": 5})
+    assert base64.b64decode(answer.data[0].b64_json) == b"picture 5"
+    assert (answer.size, answer.background, answer.output_format) == ("288x224", "opaque", "png")
+    assert answer.usage.input_tokens_details.image_tokens == 16
+    assert answer.usage.input_tokens == 7 + 16
+    assert answer.usage.total_tokens == 7 + 16 + 64
+    request = engine.requests[0].request
+    assert (request.task, request.prompt, request.images, request.mask) == ("edit", "make it red", (PICTURE,), None)
+
+
+def test_the_sdk_sends_every_field(sdk_of, engine):
+    answer = sdk_of("over").images.edit(
+        image=("../../etc/passwd", PICTURE, "image/svg+xml"),
+        mask=MASK,
+        prompt="a cat",
+        n=2,
+        size="128x64",
+        quality="low",
+        background="opaque",
+        output_format="webp",
+        output_compression=80,
+        input_fidelity="high",
+        user="somebody",
+        response_format="b64_json",
+        extra_body={"seed": 2**64 - 1, "true_cfg_scale": 2.5, "negative_prompt": "dog", "denoising_strength": 0.5},
+    )
+    assert [item.seed for item in answer.data] == [2**64 - 1, 0]
+    assert answer.usage.total_tokens == 7 + 16 + 2 * 64
+    request = engine.requests[0].request
+    assert (request.task, request.images, request.mask) == ("inpaint", (PICTURE,), MASK)
+    assert (request.width, request.height, request.num_inference_steps) == (128, 64, 10)
+    assert (request.output_format, request.output_compression) == ("webp", 80)
+    assert (request.guidance_scale, request.negative_prompt, request.strength) == (2.5, "dog", 0.5)
+
+
+def test_several_pictures_in_their_order(sdk_of, edit, engine):
+    sdk_of("edit").images.edit(image=[PICTURE, OTHER, PICTURE], prompt="x")
+    assert engine.requests[-1].request.images == (PICTURE, OTHER, PICTURE)
+    repeated = [("image", PICTURE), ("image", OTHER)]
+    assert edit.post(EDITS, data={"prompt": "x"}, files=repeated).status_code == 200
+    assert engine.requests[-1].request.images == (PICTURE, OTHER)
+
+
+def test_the_json_form(edit, engine):
+    def reference(data):
+        return {"image_url": "data:image/png;base64," + base64.b64encode(data).decode()}
+
+    body = {"prompt": "x", "images": [reference(PICTURE), reference(OTHER)], "seed": 5, "n": 1, "mask": None}
+    response = edit.post(EDITS, json=body)
+    assert response.status_code == 200, response.text
+    assert images(response.json()) == [b"picture 5"]
+    assert engine.requests[0].request.images == (PICTURE, OTHER)
+
+
+def test_the_json_form_with_a_mask(over, engine):
+    url = "data:;base64," + base64.b64encode(PICTURE).decode()
+    mask = "DATA:text/html;BASE64," + base64.b64encode(MASK).decode()
+    body = {"prompt": "x", "images": [{"image_url": url, "file_id": None}], "mask": {"image_url": mask}}
+    assert over.post(EDITS, json=body).status_code == 200
+    assert (engine.requests[0].request.task, engine.requests[0].request.mask) == ("inpaint", MASK)
+
+
+@pytest.mark.parametrize("field", ["mask", "mask_image"])
+def test_a_mask_is_honoured_or_refused(over, edit, engine, field):
+    files = {"image": PICTURE, field: MASK}
+    assert over.post(EDITS, data={"prompt": "x"}, files=files).status_code == 200
+    assert engine.requests.pop().request.mask == MASK
+    refused(edit.post(EDITS, data={"prompt": "x"}, files=files), "mask", INVALID)
+    refused(over.post(EDITS, data={"prompt": "x"}, files={"image": OTHER, field: MASK}), "mask", INVALID)
+    assert engine.requests == []
+
+
+def test_auto_is_the_first_pictures_size(over, edit):
+    for fields in ({}, {"size": "auto"}):
+        answer = over.post(EDITS, data={"prompt": "x", **fields}, files={"image": PICTURE}).json()
+        assert answer["size"] == "96x80"
+    answer = edit.post(EDITS, data={"prompt": "x"}, files=[("image", OTHER), ("image", PICTURE)]).json()
+    assert answer["size"] == "192x352"
+
+
+def test_a_stream_of_an_edit_is_the_contracts(edit):
+    data = {"prompt": "x", "seed": "5", "stream": "true", "partial_images": "2"}
+    with edit.stream("POST", EDITS, data=data, files={"image": PICTURE}) as response:
+        assert response.headers["content-type"].partition(";")[0] == "text/event-stream"
+        text = response.read().decode()
+    events = [event.split("\n") for event in text[:-2].split("\n\n")]
+    names = [name.removeprefix("event: ") for name, _ in events]
+    assert names == ["image_edit.partial_image", "image_edit.partial_image", "image_edit.completed"]
+    for name, (_, data) in zip(names, events, strict=True):
+        content = json.loads(data.removeprefix("data: "))
+        assert content["type"] == name
+        assert {"b64_json", "created_at", "size", "quality", "background", "output_format"} <= set(content)
+    assert content["usage"]["input_tokens_details"] == {"text_tokens": 7, "image_tokens": 16}
+    assert base64.b64decode(content["b64_json"]) == b"picture 5"
+
+
+def test_the_sdk_reads_the_stream_of_an_edit(sdk_of):
+    stream = sdk_of("edit").images.edit(image=PICTURE, prompt="x", stream=True, partial_images=1, n=2)
+    events = list(stream)
+    assert sorted(event.type for event in events) == ["image_edit.completed"] * 2 + ["image_edit.partial_image"] * 2
+    usages = [event.usage for event in events if event.type == "image_edit.completed"]
+    assert sum(usage.total_tokens for usage in usages) == 7 + 16 + 2 * 64
+
+
+def test_the_async_sdk(server, _others):
+    async def use():
+        url = f"{_others['over'].url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=10) as sdk:
+            edited = await sdk.images.edit(image=PICTURE, mask=MASK, prompt="x", extra_body={"seed": 5})
+            with pytest.deprecated_call():
+                varied = await sdk.images.create_variation(image=PICTURE, extra_body={"seed": 6})
+            made = await sdk.images.generate(prompt="x", extra_body={"seed": 7})
+            stream = await sdk.images.edit(image=PICTURE, prompt="x", stream=True, extra_body={"seed": 8})
+            events = [event async for event in stream]
+            return [edited.data[0], varied.data[0], made.data[0], *events]
+
+    pictures = [base64.b64decode(item.b64_json) for item in asyncio.run(use())]
+    assert pictures == [b"picture %d" % i for i in (5, 6, 7, 8)]
+
+
+def test_the_sdk_makes_variations(sdk_of, engine):
+    with pytest.deprecated_call():
+        answer = sdk_of("over").images.create_variation(
+            image=PICTURE, n=2, size="128x128", response_format="b64_json", user="somebody", model=NAME
+        )
+    assert len({item.seed for item in answer.data}) == 2
+    assert (answer.size, answer.usage.input_tokens_details.image_tokens) == ("128x128", 16)
+    request = engine.requests[0].request
+    assert (request.task, request.images, request.strength) == ("image-to-image", (PICTURE,), CAPABILITIES.strength)
+    assert request.prompt.strip()
+
+
+def test_nested_extras_of_a_form(edit, engine):
+    data = {"prompt": "x", "extra_params[steps]": "4", "extra_body": '{"seed": 5}'}
+    assert edit.post(EDITS, data=data, files={"image": PICTURE}).status_code == 200
+    request = engine.requests[0].request
+    assert (request.num_inference_steps, request.seed) == (4, 5)
+
+
+def test_layers_are_transparent(http_of, engine):
+    http = http_of("layered")
+    engine.script = lambda message: [
+        msgspec.structs.replace(finished(message), files=tuple(b"layer %d" % i for i in range(3)))
+    ]
+    answer = http.post(EDITS, data={"prompt": "x", "background": "transparent"}, files={"image": PICTURE}).json()
+    assert images(answer) == [b"layer 0", b"layer 1", b"layer 2"]
+    assert answer["background"] == "transparent"
+    assert engine.requests[0].request.layers == 3
+    for fields, param in (
+        ({"background": "opaque"}, "background"),
+        ({"output_format": "jpeg"}, "output_format"),
+        ({"layers": "9"}, "layers"),
+    ):
+        response = http.post(EDITS, data={"prompt": "x", **fields}, files={"image": PICTURE})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == param
+    with http.stream("POST", EDITS, data={"prompt": "x", "stream": "true"}, files={"image": PICTURE}) as response:
+        text = response.read().decode()
+    usages = [json.loads(line[6:])["usage"]["total_tokens"] for line in text.splitlines() if line.startswith("data:")]
+    assert usages == [7 + 16 + 64, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "words"),
+    [
+        ("edit", PATH, "no text-to-image; it changes the pictures that it is sent: POST /v1/images/edits"),
+        ("layered", PATH, "POST /v1/images/edits"),
+        ("video", PATH, "it makes videos: POST /v1/videos"),
+        ("video", EDITS, "it makes videos: POST /v1/videos"),
+        ("edit", VARIATIONS, "no image-to-image; it changes the pictures that it is sent: POST /v1/images/edits"),
+        ("video", VARIATIONS, "it makes videos: POST /v1/videos"),
+        ("text", EDITS, "it makes pictures from text: POST /v1/images/generations"),
+        ("text", VARIATIONS, "it makes pictures from text: POST /v1/images/generations"),
+    ],
+)
+def test_a_model_that_cannot_says_what_would_work(http, http_of, engine, kind, path, words):
+    client = http if kind == "text" else http_of(kind)
+    if path == PATH:
+        response = client.post(path, json={"prompt": "x"})
+    else:
+        data = {"prompt": "x"} if path == EDITS else {}
+        response = client.post(path, data=data, files={"image": PICTURE})
+    assert words in refused(response, "model", INVALID)
+    assert engine.requests == []
+
+
+def refused(response, param, code, status=400):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert len(error["message"]) < 1000
+    return error["message"]
+
+
+def test_an_unknown_model_of_an_edit_is_404(edit, over):
+    refused(edit.post(EDITS, data={"prompt": "x", "model": "y"}, files={"image": PICTURE}), "model", NO_MODEL, 404)
+    refused(over.post(VARIATIONS, data={"model": "y"}, files={"image": PICTURE}), "model", NO_MODEL, 404)
+
+
+@pytest.mark.parametrize("path", [EDITS, VARIATIONS])
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_other_content_types_are_415(edit, path, kind):
+    response = edit.post(path, content=b"prompt=x", headers={"content-type": kind})
+    refused(response, None, "unsupported_content_type", 415)
+
+
+def test_variations_take_no_json(over):
+    refused(over.post(VARIATIONS, json={}), None, "unsupported_content_type", 415)
+
+
+def test_what_the_workers_alone_can_see_is_400(over, engine):
+    engine.script = failing("invalid", error="'image' cannot be decoded: the file is broken.", param="image")
+    response = over.post(EDITS, data={"prompt": "x"}, files={"image": PICTURE})
+    assert "is broken" in refused(response, "image", INVALID)
+
+
+def test_a_client_that_goes_away_cancels_its_edit(edit, engine):
+    engine.script = slow
+    with pytest.raises(httpx.ReadTimeout):
+        edit.post(EDITS, data={"prompt": "x"}, files={"image": PICTURE}, timeout=0.3)
+    assert wait_until(lambda: engine.cancelled == [message.id for message in engine.requests] != [])

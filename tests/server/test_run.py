@@ -27,6 +27,7 @@ from openai import OpenAI
 from PIL import Image
 
 from darkroom.models.checkpoint import DEMO
+from tests.tiny import qwen_image_edit
 
 PROMPT = "three yellow stars on a blue background"
 START_SECONDS = 60.0
@@ -208,6 +209,86 @@ def test_a_bad_request_is_refused_while_a_picture_is_made(server: Server) -> Non
         long.result()
 
 
+# ---- pictures in ---------------------------------------------------------------------------------------------------
+
+HALF = Image.new("RGBA", (128, 128), "black")
+HALF.paste((0, 0, 0, 0), (64, 0, 128, 128))  # what is transparent is drawn anew
+
+
+def file_of(picture: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_a_mask_leaves_what_it_covers(server: Server, expected: Any) -> None:
+    before = Image.fromarray(expected.astype(np.uint8))
+    response = server.client.images.edit(
+        image=file_of(before),
+        mask=file_of(HALF),
+        prompt="a green circle on a red background",
+        extra_body={"seed": 1, "num_inference_steps": 8},
+    )
+    assert response.data is not None and response.usage is not None
+    change = abs(pixels(response.data[0].b64_json) - expected).mean(axis=(0, 2))
+    assert change[:48].mean() < 16 < change[80:].mean()  # the VAE draws again what is kept, and blurs the edge
+    assert response.usage.input_tokens_details.image_tokens == 8 * 8
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+
+
+def test_a_variation_is_near_its_picture(server: Server, expected: Any) -> None:
+    picture = file_of(Image.fromarray(expected.astype(np.uint8)), "JPEG")
+    changes = []
+    for strength in (0.3, 1):
+        options = {"seed": 1, "num_inference_steps": 10, "strength": strength}
+        with pytest.deprecated_call():
+            response = server.client.images.create_variation(image=picture, extra_body=options)
+        assert response.data is not None
+        changes.append(abs(pixels(response.data[0].b64_json) - expected).mean())
+    assert 0 < changes[0] < changes[1]
+
+
+def test_a_picture_that_is_cut_off_is_400_and_the_server_goes_on(server: Server, expected: Any) -> None:
+    whole = file_of(Image.fromarray(expected.astype(np.uint8)))
+    for broken in (whole[: len(whole) // 2], whole[:400]):
+        with pytest.raises(openai.BadRequestError, match="cannot be decoded") as caught:
+            server.client.images.edit(image=broken, prompt=PROMPT)
+        assert (caught.value.param, caught.value.code) == ("image", "invalid_value")
+    assert np.array_equal(server.picture(), expected)
+
+
+def test_a_url_is_the_picture(server: Server, expected: Any) -> None:
+    extra = {"seed": 5, "num_inference_steps": 8}
+    response = server.client.images.generate(prompt=PROMPT, response_format="url", extra_body=extra)
+    assert response.data is not None and response.data[0].url is not None
+    fetched = httpx.get(response.data[0].url)
+    assert fetched.headers["content-type"] == "image/png"
+    assert np.array_equal(pixels(base64.b64encode(fetched.content).decode()), expected)
+
+
+def test_an_editing_model_edits(tmp_path: Path) -> None:
+    model = qwen_image_edit(tmp_path / "edit", several=True)
+    red, blue = (file_of(Image.new("RGB", (96, 64), colour)) for colour in ("red", "blue"))
+    extra = {"seed": 5, "num_inference_steps": 2}
+    with serve(str(model)) as server:
+        edit = server.client.images.edit
+        whole = edit(image=[red, blue], prompt="both", extra_body=extra)
+        assert whole.data is not None and whole.usage is not None
+        picture = pixels(whole.data[0].b64_json)
+        assert whole.size == f"{picture.shape[1]}x{picture.shape[0]}"
+        assert whole.usage.input_tokens_details.image_tokens >= 2 * 16
+        other = edit(image=[red, red], prompt="both", extra_body=extra)
+        assert other.data is not None
+        assert not np.array_equal(pixels(other.data[0].b64_json), picture)  # the second picture is seen
+        events = list(edit(image=[red, blue], prompt="both", stream=True, partial_images=1, extra_body=extra))
+        assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+        assert np.array_equal(pixels(events[-1].b64_json), picture)
+        with pytest.raises(openai.BadRequestError, match="POST /v1/images/edits"):
+            server.client.images.generate(prompt="x")
+        with pytest.raises(openai.BadRequestError, match="no mask"):
+            edit(image=red, mask=red, prompt="x")
+
+
 # ---- every layout draws the same picture ---------------------------------------------------------------------------
 
 
@@ -272,7 +353,10 @@ def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
     with serve("demo", "--ring", "2") as server, ThreadPoolExecutor(1) as pool:
         request = pool.submit(server.picture, extra_body={"num_inference_steps": 200})
         assert wait_until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 1)
+        options = {"response_format": "url", "extra_body": {"num_inference_steps": 2}}
+        server.client.images.generate(prompt=PROMPT, **options)
         tree, made = server.tree, run_folders() - before
+        assert any(list(folder.rglob("*.png")) for folder in made)
         assert not any(file.is_socket() for folder in made for file in folder.rglob("*"))
         started = time.monotonic()
         server.process.send_signal(number)

@@ -1,0 +1,169 @@
+"""Pictures as OpenAI answers them: whole, as a stream of events, or under a URL."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from binascii import b2a_base64
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from darkroom.engine.messages import Finished, Preview, Progress
+
+from .context import Shared
+from .errors import ApiError
+from .fields import Quality
+from .files import FileStore
+from .sse import encode_event
+
+router = APIRouter()
+
+Events = AsyncGenerator[tuple[int, Progress | Preview | Finished], None]
+
+_BASE64_PIECE = 384 * 1024
+"""Bytes that are encoded at a time, so that a large picture does not keep the event loop from its turn."""
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    text_tokens: int
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    input_tokens: int
+    input_tokens_details: TokenCount
+    output_tokens: int
+    output_tokens_details: TokenCount
+    total_tokens: int
+
+    @classmethod
+    def of(cls, output: int, first: Finished | None) -> Usage:
+        """`first` is given where what was sent in is to be counted: once for all pictures that were made of it."""
+        text, images = (first.text_tokens, first.input_image_tokens) if first else (0, 0)
+        total = text + images
+        return cls(total, TokenCount(text, images), output, TokenCount(0, output), total + output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What every answer says of its pictures: the resolved values, never `auto`."""
+
+    size: str
+    quality: Quality
+    background: Literal["opaque", "transparent"]
+    output_format: Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """With one of `b64_json` and `url`."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesResponse(Look):
+    """For the document."""
+
+    created: int
+    data: list[Image]
+    usage: Usage
+
+
+class Shelf:
+    """Makes URLs of files, under the address by which the client of `request` knows this server."""
+
+    def __init__(self, request: Request, files: FileStore) -> None:
+        self._base = f"{_root(request)}/files/"
+        self._files = files
+
+    async def put(self, file: bytes, look: Look) -> str:
+        return self._base + await self._files.keep(file, look.output_format)
+
+
+@router.head("/files/{name}", include_in_schema=False)
+@router.get("/files/{name}", response_class=Response)
+async def get_file(name: str, context: Shared) -> Response:
+    """A picture that was answered as a URL.
+
+    Its name is the permission, so that a browser can show it: no part of `/v1`, whose routes may ask for a key.
+    """
+    if (data := await context.files.read(name)) is None:
+        raise ApiError(404, "There is no such file, or its time is up.")
+    headers = {"Cache-Control": f"private, max-age={context.files.seconds}", "X-Content-Type-Options": "nosniff"}
+    return Response(data, media_type=f"image/{name.rpartition('.')[2]}", headers=headers)
+
+
+async def answer(events: Events, look: Look, shelf: Shelf | None) -> Response:
+    """All pictures at once: as URLs where there is a shelf to put them on."""
+    async with aclosing(events):
+        finished = {index: event async for index, event in events if isinstance(event, Finished)}
+    pictures = [finished[index] for index in sorted(finished)]
+    content = {
+        "created": int(time.time()),
+        "data": [await _image(file, picture.seed, look, shelf) for picture in pictures for file in picture.files],
+        "usage": Usage.of(sum(picture.image_tokens for picture in pictures), pictures[0]),
+        **vars(look),
+    }
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+async def stream(events: Events, look: Look, name: str) -> AsyncGenerator[bytes, None]:
+    """Server-sent events `name.partial_image` and `name.completed`, whose usages add up to the whole answer's."""
+    counted = False
+    async with aclosing(events):
+        async for index, event in events:
+            if isinstance(event, Progress):
+                yield b""
+                continue
+            if isinstance(event, Preview):
+                place = {"partial_image_index": event.index, "image_index": index}
+                yield encode_event(f"{name}.partial_image", await _picture(event.image, look) | place)
+                continue
+            for number, file in enumerate(event.files):
+                usage = Usage.of(0 if number else event.image_tokens, None if counted else event)
+                counted = True
+                ended = {"usage": usage, "image_index": index, "seed": event.seed}
+                yield encode_event(f"{name}.completed", await _picture(file, look) | ended)
+
+
+async def _image(file: bytes, seed: int, look: Look, shelf: Shelf | None) -> dict[str, object]:
+    if shelf:
+        return {"url": await shelf.put(file, look), "seed": seed}
+    return {"b64_json": await _base64(file), "seed": seed}
+
+
+async def _picture(file: bytes, look: Look) -> dict[str, object]:
+    return {"b64_json": await _base64(file), "created_at": int(time.time()), **vars(look)}
+
+
+async def _base64(image: bytes) -> msgspec.Raw:
+    """A JSON string, encoded already."""
+    return await asyncio.to_thread(_encode, image) if len(image) > _BASE64_PIECE else _encode(image)
+
+
+def _encode(image: bytes) -> msgspec.Raw:
+    starts = range(0, len(image), _BASE64_PIECE)
+    pieces = [b2a_base64(image[i : i + _BASE64_PIECE], newline=False) for i in starts]
+    return msgspec.Raw(b"".join([b'"', *pieces, b'"']))
+
+
+def _root(request: Request) -> str:
+    """The server's address as the client wrote it; where that is no host's name, the socket's."""
+    host = request.headers.get("host", "")
+    if not _HOST.fullmatch(host):
+        address, port = request.scope.get("server") or ("localhost", None)
+        host = f"{address}:{port}" if port else str(address)
+    return f"{request.scope['scheme']}://{host}{request.scope.get('root_path', '').rstrip('/')}"

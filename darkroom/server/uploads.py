@@ -1,0 +1,118 @@
+"""The pictures of a request, wherever they come from: checked by their headers, decoded by the workers alone."""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from darkroom.configs.config import Limits
+from darkroom.configs.errors import RequestError
+from darkroom.configs.pictures import picture_size
+
+from .body import validate
+from .errors import ApiError
+from .form import Form
+
+FILES = ("image", "mask", "mask_image", "markup")
+"""A form's fields that are pictures."""
+URLS = ("url", "image_url")
+"""A form's fields that name pictures."""
+_MAX_URL = 20 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    images: tuple[bytes, ...] = ()
+    mask: bytes | None = None
+
+    def check(self, limits: Limits) -> None:
+        """Raises `RequestError` or `ApiError` for what no model is to see."""
+        for data in self.images:
+            _check(data, "image", limits)
+        if self.mask is not None:
+            _check(self.mask, "mask", limits)
+
+
+class Reference(BaseModel):
+    """A picture in JSON."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    image_url: str | None = Field(None, max_length=_MAX_URL)
+    file_id: str | None = None
+
+
+def from_form(form: Form) -> Pictures:
+    """Takes the pictures' fields out of the form. Raises `RequestError`."""
+    if "markup" in form.files:
+        raise RequestError("'markup' is not supported: use 'mask' to say where to draw.", param="markup")
+    images = [*form.files.get("image", ()), *(picture_at(url, "image") for url in _urls(form))]
+    masks = {*form.files.get("mask", ()), *form.files.get("mask_image", ())}
+    if not images:
+        raise RequestError("Missing required parameter: 'image'.", param="image", code="missing_required_parameter")
+    if len(masks) > 1:
+        raise RequestError("'mask' is sent more than once: it belongs to the first picture.", param="mask")
+    return Pictures(images=tuple(images), mask=masks.pop() if masks else None)
+
+
+def from_json(images: Sequence[dict[str, Any]] | None, mask: dict[str, Any] | None) -> Pictures:
+    """Raises `RequestError`."""
+    if not images:
+        raise RequestError("Missing required parameter: 'images'.", param="images", code="missing_required_parameter")
+    return Pictures(
+        images=tuple(_referenced(reference, "images") for reference in images),
+        mask=None if mask is None else _referenced(mask, "mask"),
+    )
+
+
+def picture_at(url: str, param: str) -> bytes:
+    """The file that a URL stands for. Raises `RequestError`."""
+    if url[:5].lower() != "data:":
+        raise RequestError(
+            f"'{param}' names '{url[:80]}', and this server fetches nothing from elsewhere: send the picture itself, "
+            "as a form's file or as 'data:image/png;base64,...'.",
+            param=param,
+        )
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise RequestError(f"'{param}' is no data URL in base64: 'data:image/png;base64,...'.", param=param)
+    try:
+        return binascii.a2b_base64(data, strict_mode=True)
+    except ValueError:
+        raise RequestError(f"'{param}' has a data URL whose base64 is broken.", param=param) from None
+
+
+def _referenced(reference: dict[str, Any], param: str) -> bytes:
+    try:
+        found = validate(Reference, reference)
+    except RequestError as e:
+        raise RequestError(f"In '{param}': {e}", param=param, code=e.code) from None
+    if found.file_id is not None:
+        raise RequestError(
+            f"'{param}' has a 'file_id', and this server keeps no files: send an 'image_url' with a data URL.",
+            param=param,
+        )
+    if found.image_url is None:
+        raise RequestError(f"In '{param}': expected an 'image_url'.", param=param, code="missing_required_parameter")
+    return picture_at(found.image_url, param)
+
+
+def _urls(form: Form) -> list[str]:
+    found: list[str] = []
+    for name in URLS:
+        urls = form.values.pop(name, [])
+        found += urls if isinstance(urls, list) else [urls]
+    if not all(isinstance(url, str) for url in found):
+        raise RequestError("'url' should be text.", param="url", code="invalid_type")
+    return found
+
+
+def _check(data: bytes, param: str, limits: Limits) -> None:
+    if len(data) > limits.max_image_mb << 20:
+        message = f"'{param}' is larger than {limits.max_image_mb} MiB."
+        raise ApiError(413, message, param=param, code="request_too_large")
+    picture_size(data, param, limits.max_image_pixels)

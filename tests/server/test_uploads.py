@@ -1,0 +1,194 @@
+"""Pictures in requests: whichever way they come, and which do not come in."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import time
+import zlib
+
+import pytest
+from PIL import Image
+
+from tests.golden import picture_file
+
+EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
+PICTURE = picture_file(64, 64)
+INVALID, MISSING = "invalid_value", "missing_required_parameter"
+
+
+def save(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *extra: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *extra, chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")])
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def refusal(response, param, code=INVALID, status=400) -> str:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert len(error["message"]) < 1000
+    return error["message"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "I;16", "CMYK"])
+def test_every_mode_is_taken(edit, mode):
+    file = save(Image.new(mode, (64, 64)), "JPEG" if mode == "CMYK" else "PNG")
+    assert edit.post(EDITS, data={"prompt": "x"}, files={"image": file}).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_is_known_by_its_content(edit, engine, kind):
+    file = save(Image.new("RGB", (64, 64)), kind)
+    files = {"image": ("text.txt", file, "application/pdf")}
+    assert edit.post(EDITS, data={"prompt": "x"}, files=files).status_code == 200
+    assert engine.requests[0].request.images == (file,)
+
+
+def test_a_photograph_of_12_megapixels_is_taken_at_once(edit):
+    file = save(Image.new("RGB", (4000, 3000), "red"), "JPEG")
+    started = time.monotonic()
+    assert edit.post(EDITS, data={"prompt": "x"}, files={"image": file}).status_code == 200
+    assert time.monotonic() - started < 2  # the header is read, and no more
+
+
+HOSTILE = {
+    "empty": b"",
+    "text": b"hello",
+    "truncated": PICTURE[:20],
+    "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>',
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "pdf": b"%PDF-1.4\n",
+    "gif": save(Image.new("RGB", (64, 64)), "GIF"),
+    "tiff": save(Image.new("RGB", (64, 64)), "TIFF"),
+    "ico": save(Image.new("RGB", (64, 64)), "ICO"),
+    "bmp": save(Image.new("RGB", (64, 64)), "BMP"),
+    "zip": b"PK\x03\x04" + bytes(100),
+    "900 megapixels": png(30_000, 30_000),
+    "a giant": png(2**31 - 1, 2**31 - 1),
+    "a line": png(2**26 + 1, 1),
+    "no pixels": png(0, 0),
+    "a giant webp": b"RIFF\x1a\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff" * 6,
+    "text bomb": png(64, 64, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 28)))),
+    "chunks": png(64, 64, chunk(b"teSt", b"") * 1_000_000),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("path", [EDITS, VARIATIONS])
+def test_hostile_files_end_at_the_header(over, engine, path, name):
+    data = {"prompt": "x"} if path == EDITS else {}
+    started = time.monotonic()
+    refusal(over.post(path, data=data, files={"image": HOSTILE[name]}), "image")
+    assert time.monotonic() - started < 3
+    if path == EDITS:
+        refusal(over.post(path, data=data, files={"image": PICTURE, "mask": HOSTILE[name]}), "mask")
+        response = over.post(path, json={"prompt": "x", "images": [{"image_url": data_url(HOSTILE[name])}]})
+        refusal(response, "image")
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("files", "param", "code"),
+    [
+        ([], "image", MISSING),
+        ([("mask", PICTURE)], "image", MISSING),
+        ([("image", PICTURE)] * 5, "image", INVALID),
+        ([("image[]", PICTURE)] * 17, "image", INVALID),
+        ([("image", PICTURE), ("mask", PICTURE), ("mask_image", picture_file(64, 64, 3))], "mask", INVALID),
+        ([("image", PICTURE), ("markup", PICTURE)], "markup", INVALID),
+        ([("image", PICTURE), ("mask", PICTURE)], "mask", INVALID),
+    ],
+)
+def test_numbers_of_pictures(edit, engine, files, param, code):
+    response = edit.post(EDITS, data={"prompt": "x"}, files=[*files, ("user", (None, "x"))])
+    refusal(response, param, code)
+    assert engine.requests == []
+
+
+def test_a_variation_is_of_one_picture(over, engine):
+    refusal(over.post(VARIATIONS, files=[("image", PICTURE)] * 2), "image")
+    refusal(over.post(VARIATIONS, files={"image": PICTURE, "mask": PICTURE}), "mask", "unknown_parameter")
+    refusal(over.post(VARIATIONS, files={"user": (None, "x")}), "image", MISSING)
+    assert engine.requests == []
+
+
+GOOD = {"image_url": data_url(PICTURE)}
+REMOTE = [
+    "https://example.com/a.png",
+    "http://127.0.0.1:1/a.png",
+    "http://169.254.169.254/latest/meta-data",
+    "file:///etc/passwd",
+    "FILE:///etc/passwd",
+    "//host/a.png",
+    "ftp://example.com/a.png",
+    "/etc/passwd",
+    "",
+    "x" * 100_000,
+]
+
+
+@pytest.mark.parametrize("url", REMOTE, ids=lambda url: url[:20])
+def test_nothing_is_fetched_from_elsewhere(edit, engine, url):
+    assert "fetches nothing" in refusal(
+        edit.post(EDITS, json={"prompt": "x", "images": [{"image_url": url}]}), "images"
+    )
+    response = edit.post(EDITS, data={"prompt": "x", "url": url}, files={"user": (None, "x")})
+    assert "fetches nothing" in refusal(response, "image")
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({}, "images", MISSING),
+        ({"images": None}, "images", MISSING),
+        ({"images": []}, "images", INVALID),
+        ({"images": [GOOD] * 17}, "images", INVALID),
+        ({"images": [GOOD] * 5}, "image", INVALID),
+        ({"images": GOOD}, "images", "invalid_type"),
+        ({"images": ["x"]}, "images", "invalid_type"),
+        ({"images": [{}]}, "images", MISSING),
+        ({"images": [{"file_id": "file-1"}]}, "images", INVALID),
+        ({"images": [{**GOOD, "file_id": "file-1"}]}, "images", INVALID),
+        ({"images": [{**GOOD, "detail": "high"}]}, "images", "unknown_parameter"),
+        ({"images": [{"image_url": 5}]}, "images", "invalid_type"),
+        ({"images": [{"image_url": "data:image/png,x"}]}, "images", INVALID),
+        ({"images": [{"image_url": "data:image/png;base64"}]}, "images", INVALID),
+        ({"images": [{"image_url": "data:image/png;base64,%%%%"}]}, "images", INVALID),
+        ({"images": [{"image_url": "data:image/png;base64,\u00e9"}]}, "images", INVALID),
+        ({"images": [{"image_url": "data:image/png;base64,AAA"}]}, "images", INVALID),
+        ({"images": [{"image_url": "data:image/png;base64,"}]}, "image", INVALID),
+        ({"images": [{"image_url": "data:image/png;base64," + "A" * (21 << 20)}]}, "images", "string_above_max_length"),
+        ({"images": [GOOD], "mask": "x"}, "mask", "invalid_type"),
+        ({"images": [GOOD], "mask": {}}, "mask", MISSING),
+        ({"images": [GOOD], "mask": {"file_id": "x"}}, "mask", INVALID),
+        ({"images": [GOOD], "mask": GOOD}, "mask", INVALID),
+        ({"images": [GOOD], "image": GOOD}, "image", "unknown_parameter"),
+        ({"images": [GOOD], "markup": GOOD}, "markup", INVALID),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_references_that_lead_nowhere(edit, engine, fields, param, code):
+    refusal(edit.post(EDITS, json={"prompt": "x", **fields}), param, code)
+    assert engine.requests == []
+
+
+def test_data_urls_in_a_form(edit, engine):
+    fields = {"prompt": "x", "url[]": [data_url(PICTURE), data_url(picture_file(64, 32))]}
+    assert edit.post(EDITS, data=fields, files={"user": (None, "x")}).status_code == 200
+    assert engine.requests[0].request.images == (PICTURE, picture_file(64, 32))
