@@ -117,6 +117,7 @@ def _describe(checkpoint: Checkpoint, config: EngineConfig, held: list[dict[str,
     for ranks, parts in _alike(held):
         sizes = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
         rows.append((ranks, f"{_gigabytes(sum(parts.values()))} of weights: {sizes}"))
+    rows += [("note", note) for note in checkpoint.notes(config)]
     return "\n".join(f"  {name:<10} {value}" for name, value in rows)
 
 

@@ -91,22 +91,40 @@ class Darkroom:
         `images` are edited, or begun from, as the model does it; `mask` says where (see `SamplingParams`).
         Raises RequestError for parameters that the model cannot take, GenerationError when the engine fails.
         """
-        params = params or SamplingParams()
-        if images:
-            params = replace(params, images=tuple(picture_file(image) for image in images))
-        if mask is not None:
-            params = replace(params, mask=picture_file(mask))
-        if params.n < 1:
-            raise RequestError(f"Invalid n {params.n}: expected at least 1.", param="n", code="integer_below_min_value")
-        request = self.capabilities.resolve(prompt, params)
+        requests = self._requests(prompt, params or SamplingParams(), images, mask)
         pictures: list[Image.Image] = []
-        for finished in self.run([request.picture(i) for i in range(params.n)], on_progress):
+        for finished in self.run(requests, on_progress):
             for file in finished.files:
                 picture = Image.open(io.BytesIO(file))
                 picture.load()
                 picture.info["seed"] = finished.seed
                 pictures.append(picture)
         return pictures
+
+    def generate_video(
+        self,
+        prompt: str,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[Picture] = (),
+        on_progress: OnProgress | None = None,
+    ) -> bytes:
+        """One video, the content of an MP4 file. Raises as `generate` does, which gives the frames of a video."""
+        [request] = self._requests(prompt, replace(params or SamplingParams(), n=1), images, None)
+        [finished] = self.run([request.as_file("mp4")], on_progress)
+        return finished.files[0]
+
+    def _requests(
+        self, prompt: str, params: SamplingParams, images: Sequence[Picture], mask: Picture | None
+    ) -> list[Request]:
+        if params.n < 1:
+            raise RequestError(f"Invalid n {params.n}: expected at least 1.", param="n", code="integer_below_min_value")
+        if images:
+            params = replace(params, images=tuple(picture_file(image) for image in images))
+        if mask is not None:
+            params = replace(params, mask=picture_file(mask))
+        request = self.capabilities.resolve(prompt, params)
+        return [request.picture(i) for i in range(params.n)]
 
     def run(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Finished]:
         """Encoded pictures, in the order of the requests, which run side by side."""
@@ -128,10 +146,8 @@ class Darkroom:
                             on_progress(done, total)
                     case Finished(id=id):
                         finished[id] = event
-                    case Failed(reason="invalid", error=error, param=param):
-                        raise RequestError(error, param=param)
-                    case Failed(error=error):
-                        raise GenerationError(error)
+                    case Failed(error=error, refusal=refusal):
+                        raise refusal.as_error() if refusal else GenerationError(error)
         finally:
             for id in set(ids) - set(finished):
                 self._send(Cancel(id=id))

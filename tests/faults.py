@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 
 from darkroom.parallel import attention, guidance, loading, plan, sequence, spatial, tensor
+from darkroom.parallel.mesh import Axis
 from darkroom.parallel.plan import HeadBias, Rowwise
 
 
@@ -155,4 +156,16 @@ def biases_are_those_of_the_first_heads() -> Iterator[None]:
         return inner(style, name, shape, config, size, 0 if isinstance(style, HeadBias) else rank)
 
     with patch.object(loading, "cut_parameter", cut):
+        yield
+
+
+@contextmanager
+def norms_are_of_a_rank_alone() -> Iterator[None]:
+    """A norm across all heads that sees only those of its rank."""
+    inner = tensor._norm_across
+
+    def alone(norm: Any, width: int, axis: Any, x: torch.Tensor) -> torch.Tensor:
+        return inner(norm, width // axis.size, Axis("alone"), x)
+
+    with patch.object(tensor, "_norm_across", alone):
         yield

@@ -53,10 +53,10 @@ def picture_file(width: int, height: int, seed: int = 0, mode: str = "RGB") -> b
     return buffer.getvalue()
 
 
-def stock_pipeline(cls: Any, folder: Path, **parts: Any) -> Any:
+def stock_pipeline(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
     """diffusers' own, silent. Its parameters are copies: mapped from the file they lie unaligned, and MKL rounds by
     that."""
-    pipe = cls.from_pretrained(folder, dtype=torch.float32, **parts)
+    pipe = cls.from_pretrained(folder, dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():

@@ -2,6 +2,7 @@
 
     scripts/matrix                  all families
     scripts/matrix z_image          this one; the page keeps the others' sections as they are
+    scripts/matrix --capabilities   what the models can do, anew; nothing is measured, and what was stays
 
 A family in which a cell is further off than is allowed, a tile differs in a bit, or a fault does not show, gets no new
 section, and the exit code is 1.
@@ -215,6 +216,17 @@ def write(page: Path, new: Mapping[str, str], titles: Iterable[str]) -> None:
     page.write_text(re.sub(r"\n{3,}", "\n\n", text))
 
 
+def _described_anew(page: Path, subjects: Iterable[Subject]) -> dict[str, str]:
+    """The page's sections, with what was measured as it is."""
+    old = {text.partition("\n")[0]: text for text in page.read_text().split("\n## ")[1:]}
+    capabilities = {subject.title: subject.family.capabilities for subject in subjects}
+    return {
+        title: f"{describe(capabilities[title])}\n| layout{text.partition('| layout')[2].rstrip()}\n"
+        for title, text in old.items()
+        if title in capabilities
+    }
+
+
 def main(
     arguments: list[str],
     subjects: Mapping[str, Subject] = SUBJECTS,
@@ -223,11 +235,16 @@ def main(
 ) -> int:
     parser = argparse.ArgumentParser(prog="scripts/matrix", description="Measure, and write docs/models.md.")
     parser.add_argument("subject", nargs="*", help=f"of {', '.join(subjects)}; by default all")
-    names = parser.parse_args(arguments).subject or list(subjects)
+    parser.add_argument("--capabilities", action="store_true", help="measure nothing: only say what models can do")
+    asked = parser.parse_args(arguments)
+    names = asked.subject or list(subjects)
     if unknown := [name for name in names if name not in subjects]:
         parser.error(f"no subject '{unknown[0]}'; known: {', '.join(subjects)}")
     torch.set_num_threads(1)
     titles, failures = [subject.title for subject in subjects.values()], []
+    if asked.capabilities:
+        write(page, _described_anew(page, [subjects[name] for name in names]), titles)
+        return 0
     with tqdm(total=sum(comparisons(subjects[name], cells) for name in names), unit="cell") as bar:
         for name in names:
             bar.set_description(name)

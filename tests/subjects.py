@@ -27,6 +27,7 @@ from darkroom.models.qwen_image import QwenImage
 from darkroom.models.qwen_image_edit import QwenImageEdit, QwenImageEditPlus, QwenImageLayered
 from darkroom.models.sd3 import StableDiffusion3
 from darkroom.models.vision_language import load_processor, mark_pictures
+from darkroom.models.wan import Wan
 from darkroom.models.z_image import ZImage
 from tests import faults, tiny
 from tests.golden import TOLERANCE, picture_file, request, stock_pipeline
@@ -472,6 +473,68 @@ SD3 = Subject(
     ),
 )
 
+
+def video(prompt: str = "a red circle", **values: Any) -> Request:
+    small = {"width": 96, "height": 64, "num_frames": 5, "num_inference_steps": 4}
+    return request(prompt, **{**small, "guidance_scale": 2.0, **values})  # a VAE of random weights adds to differences
+
+
+def run_wan(pipe: Any, request: Request, output_type: str) -> Any:
+    frames = pipe(
+        **stock_options(request, output_type),
+        num_frames=request.num_frames,
+        guidance_scale=request.guidance_scale,
+        guidance_scale_2=request.guidance_scale_2,
+        max_sequence_length=request.max_sequence_length,
+    ).frames
+    return frames[0] if output_type == "pil" else frames
+
+
+def videos(**values: Any) -> dict[str, Kind]:
+    """What layouts are asked for of a model of videos, in sizes that all its checkpoints can make. The second of the
+    pair takes one step more: with two transformers, a batch is of both."""
+    size = {"width": 160, "height": 96, **values}
+    pair = [
+        video("a cat on the left", **size, num_inference_steps=3, guidance_scale_2=1.5, seed=3),
+        video("three tiny yellow stars", **size, seed=4),
+    ]
+    one = [video("a red heart", **{**size, "height": 160}, num_frames=1, guidance_scale=1.0, seed=5)]
+    large = [video("a blue moon", **{**size, "width": 320, "height": 288}, num_inference_steps=1, seed=6)]
+    return {
+        "interleaved": Kind(requests=pair),
+        "batched": Kind(requests=pair, batched=True),
+        "one branch": Kind(requests=one),
+        "large": Kind(requests=large, tiled=True),
+    }
+
+
+WAN = Subject(
+    family=Wan,
+    variants={
+        "2_2": lambda folder: tiny.wan(folder, boundary=0.875),
+        "2_2_small": lambda folder: tiny.wan(folder, heads=5, small=True),
+        "2_1_4_heads": tiny.wan,
+        "2_1_5_heads": lambda folder: tiny.wan(folder, heads=5),
+    },
+    eight=lambda folder: tiny.wan(folder, heads=8),
+    pipeline=diffusers.WanPipeline,
+    run_stock=run_wan,
+    requests={
+        "5 frames": video("a green star on a white background", seed=7),
+        "1 frame": video("two orange squares", num_frames=1),
+        "9 frames": video("a  cat &amp; a dog", num_frames=9, max_sequence_length=512),  # cleaned before it is read
+        "odd": video(width=112, height=80),  # an odd number of tokens in a frame
+        "odd, tall": video(width=48, height=64),
+        "one step": video("a cat", guidance_scale=1.0, num_inference_steps=1),
+        "negative prompt": video("a house", negative_prompt="red, blurry", guidance_scale=2.5, width=64),
+        "short window": video("a very long prompt about a tree on the left", max_sequence_length=5),
+        "no guidance in the second": video(guidance_scale_2=1.0),
+        "more guidance in the second": video(guidance_scale_2=2.5),
+    },
+    kinds=videos(),
+    trials=(*TRIALS, Trial(fault=faults.norms_are_of_a_rank_alone, cell={"tp": 2}, kinds=EVERY)),
+)
+
 SUBJECTS: dict[str, Subject] = {
     "qwen_image": QWEN_IMAGE,
     "qwen_image_edit": QWEN_IMAGE_EDIT,
@@ -482,5 +545,6 @@ SUBJECTS: dict[str, Subject] = {
     "longcat_image_edit": LONGCAT_IMAGE_EDIT,
     "ovis_image": OVIS_IMAGE,
     "sd3": SD3,
+    "wan": WAN,
 }
 """By name; a variant's checkpoint is called `<subject>_<variant>`."""

@@ -166,6 +166,20 @@ def test_check_says_that_the_vae_is_cut_to_the_ranks_there_are(capsys: pytest.Ca
     assert "decodes on 2 ranks, tiles (--vae-pp 4 is cut to the 2 ranks there are)" in output
 
 
+def test_check_says_what_guidance_in_parallel_is_without_guidance(
+    checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def notes(name: str, *flags: str) -> list[str]:
+        assert main(["check", str(checkpoints[name]), "--device", "cpu", *flags]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "note"]
+
+    [note] = notes("z_image_4_heads", "--cfg", "2", "--usp", "2")
+    assert "--cfg 2: Z-Image draws without guidance unless a request sets guidance_scale above 0" in note
+    assert note.endswith("--usp 4 would share it")
+    assert notes("z_image_4_heads", "--usp", "2") == []
+    assert notes("qwen_image_4_heads", "--cfg", "2") == []
+
+
 def test_check_reads_a_file_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "darkroom.yaml").write_text("usp: 2\nring_degree: 2\ndevice: cpu")
     assert main(["check", "demo", "--config", str(tmp_path / "darkroom.yaml"), "--ring", "3"]) == 0

@@ -48,7 +48,7 @@ def run_another(_pipe: Any, *arguments: Any) -> Any:
     return Z_IMAGE.run_stock(*arguments)
 
 
-FALSE = Trial(fault=faults.branches_are_swapped, cell={"tp": 2}, kinds=frozenset({"batched"}))
+FALSE = Trial(fault=faults.branches_are_swapped, cell={"tp": 2}, kinds=frozenset({"one branch"}))
 
 
 @pytest.mark.parametrize(

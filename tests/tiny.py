@@ -9,26 +9,43 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from darkroom.models.checkpoint import DEMO
@@ -282,6 +299,243 @@ def _t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
+def flux(folder: Path, *, heads: int = 4) -> Path:
+    """A FLUX.1 pipeline of `heads` x 16, with guidance as an input of the transformer. No family is written for it."""
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=heads,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    clip = CLIPTextConfig(
+        vocab_size=757, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, eos_token_id=1
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": _vae(),
+        "text_encoder": CLIPTextModel(clip),
+        "text_encoder_2": T5EncoderModel(T5Config(**_T5)),
+        "scheduler": _shifting_scheduler(),
+    }
+    _save(folder, "FluxPipeline", parts, torch.float32, tokenizer_2=["transformers", "Qwen2Tokenizer"])
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    return _with_window(folder, 77)
+
+
+def flux2_klein(folder: Path, *, heads: int = 4, is_distilled: bool = False) -> Path:
+    """A FLUX.2 Klein pipeline, which evaluates one guidance branch after another. It reads hidden states up to 27."""
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=heads,
+        joint_attention_dim=96,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        sample_size=128, block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=32, norm_num_groups=4
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": Qwen3ForCausalLM(_qwen3_config(hidden_size=32, num_hidden_layers=28)),
+        "scheduler": _shifting_scheduler(),
+    }
+    return _save(folder, "Flux2KleinPipeline", parts, torch.float32, is_distilled=is_distilled)
+
+
+def aura_flow(folder: Path) -> Path:
+    """An AuraFlow pipeline, which evaluates both guidance branches as one batch. It has no sequence plan."""
+    torch.manual_seed(0)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16,
+        in_channels=16,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=64,
+        out_channels=16,
+        pos_embed_max_size=1024,
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": _vae(),
+        "text_encoder": UMT5EncoderModel(UMT5Config(**_T5)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+    }
+    return _save(folder, "AuraFlowPipeline", parts, torch.float32)
+
+
+def pixart_sigma(folder: Path) -> Path:
+    """A PixArt-Sigma pipeline: both branches in one batch, and the callback of older pipelines."""
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=32,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=HEAD_DIM,
+        in_channels=16,
+        out_channels=32,
+        cross_attention_dim=64,
+        caption_channels=64,
+        norm_num_groups=4,
+        use_additional_conditions=False,
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": _vae(),
+        "text_encoder": T5EncoderModel(T5Config(**_T5)),
+        # at the usual 0.02, the first steps multiply a random model's rounding by hundreds, and its latents too
+        "scheduler": DPMSolverMultistepScheduler(beta_end=0.002),
+    }
+    return _save(folder, "PixArtSigmaPipeline", parts, torch.float32)
+
+
+def sana(folder: Path) -> Path:
+    """A Sana pipeline, whose VAE no plan is known for."""
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=4,
+        attention_head_dim=HEAD_DIM,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=HEAD_DIM,
+        cross_attention_dim=64,
+        caption_channels=64,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=["ResBlock"] * 6,
+        decoder_block_types=["ResBlock"] * 6,
+        encoder_block_out_channels=[8] * 6,
+        decoder_block_out_channels=[8] * 6,
+        encoder_qkv_multiscales=[()] * 6,
+        decoder_qkv_multiscales=[()] * 6,
+        encoder_layers_per_block=[1] * 6,
+        decoder_layers_per_block=[1] * 6,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": Gemma2Model(Gemma2Config(**_DECODER)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return _save(folder, "SanaPipeline", parts, torch.float32)
+
+
+_T5: dict[str, Any] = {
+    "vocab_size": 757,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+}
+
+
+def _with_window(folder: Path, tokens: int) -> Path:
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": tokens}))
+    return folder
+
+
+def wan(
+    folder: Path,
+    *,
+    heads: int = 4,
+    boundary: float | None = None,
+    first: bool = True,
+    small: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A Wan pipeline of `heads` x 16. `boundary`: two transformers, as in 2.2 A14B, or the second alone. `small`: as
+    2.2 5B, with timesteps for every token, and a VAE that makes patches of pixels."""
+    torch.manual_seed(0)
+    parts = {
+        "transformer": _wan_transformer(heads) if first else None,
+        "transformer_2": None if boundary is None else _wan_transformer(heads),
+        "vae": _wan_vae(small),
+        "text_encoder": _umt5(),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+        ),
+    }
+    settings = {"boundary_ratio": boundary, "expand_timesteps": small, "tokenizer": ["transformers", "T5TokenizerFast"]}
+    _save(folder, "WanPipeline", parts, dtype, **settings)
+    shutil.rmtree(folder / "tokenizer")
+    _t5_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def _wan_transformer(heads: int) -> WanTransformer3DModel:
+    """Norms that weigh every feature differently: one that is cut wrongly is then seen."""
+    transformer = WanTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=HEAD_DIM,
+        text_dim=64,
+        freq_dim=32,
+        ffn_dim=90,
+        num_layers=2,
+    )
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if ".norm_" in name:
+                parameter.uniform_(0.5, 1.5)
+    return transformer
+
+
+def _wan_vae(small: bool) -> AutoencoderKLWan:
+    patches = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16, "is_residual": True}
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        **(patches if small else {}),
+    )
+
+
+def _umt5() -> UMT5EncoderModel:
+    """6 heads: 4 ranks do not divide them. Like the published ones, it says that its embeddings are not tied."""
+    torch.manual_seed(1)
+    config = UMT5Config(
+        vocab_size=160,
+        d_model=64,
+        d_kv=8,
+        d_ff=96,
+        num_layers=2,
+        num_heads=6,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return UMT5EncoderModel(config)
+
+
 def _flux_form(cls: Any, heads: int) -> Any:
     torch.manual_seed(0)
     return cls(
@@ -317,16 +571,22 @@ def _vae() -> AutoencoderKL:
 
 def _qwen3() -> Qwen3Model:
     torch.manual_seed(1)
-    config = Qwen3Config(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=757,
-    )
-    return Qwen3Model(config)
+    return Qwen3Model(_qwen3_config())
+
+
+def _qwen3_config(**values: Any) -> Qwen3Config:
+    return Qwen3Config(**{**_DECODER, **values})
+
+
+_DECODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 757,
+}
 
 
 def _save(
@@ -335,14 +595,17 @@ def _save(
     parts: dict[str, Any],
     dtype: torch.dtype,
     shard_size: str = "10GB",
-    **others: list[str],
+    **others: Any,
 ) -> Path:
     """The diffusers layout. The tokenizer is the demo's, with a chat template for those that use one.
 
-    `others`: parts that the index names beside those that are saved here.
+    `others`: what the index holds beside the parts that are saved here; a part that is None is one that is missing.
     """
     index: dict[str, Any] = {"_class_name": pipeline, "tokenizer": ["transformers", "Qwen2Tokenizer"], **others}
     for name, part in parts.items():
+        if part is None:
+            index[name] = [None, None]
+            continue
         if isinstance(part, torch.nn.Module):
             part.to(dtype).save_pretrained(folder / name, max_shard_size=shard_size)
         else:

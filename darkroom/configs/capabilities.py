@@ -41,11 +41,16 @@ class Capabilities(BaseModel):
     """The field of a request that sets the strength of classifier-free guidance, by the stock pipeline's name."""
     guidance_scale: float
     """The model card's strength."""
+    guidance_scale_2: float | None = None
+    """The model card's strength in the low-noise steps; None for models that have no second transformer for them."""
     no_guidance: float = 1.0
     """At this strength or less there is no guidance, and half the work."""
     max_guidance: float
+    embedded_guidance: float | None = None
+    """The default of `guidance_scale`, where that is an input of the transformer, beside `true_cfg_scale`."""
     negative_prompt: str
     """The negative prompt of a request that has none."""
+    takes_negative_prompt: bool = True
     max_sequence_length: int
     """Prompt tokens that are used where a request does not say."""
     text_window: int
@@ -73,6 +78,8 @@ class Capabilities(BaseModel):
     fps: int = 0
     """Frames per second by default; 0 for models that make no videos."""
     max_fps: int = 60
+    previews: bool = True
+    """Whether the picture can be shown before it is finished."""
     axes: tuple[str, ...]
     """The kinds of parallelism that the model has a plan for."""
 
@@ -93,6 +100,7 @@ class Capabilities(BaseModel):
         task = self._task(params)
         width, height = self._size(task, params)
         self._check_prompt(prompt)
+        self._check_negative_prompt(params.negative_prompt)
         self._check_size(width, height)
         request = Request(
             task=task,
@@ -102,7 +110,8 @@ class Capabilities(BaseModel):
             height=height,
             num_inference_steps=self._steps(params),
             guidance_scale=self._guidance(params),
-            guidance_scale_2=params.guidance_scale_2,
+            guidance_scale_2=self._guidance_2(params),
+            embedded_guidance=self._embedded_guidance(params.guidance_scale),
             max_sequence_length=self._sequence_length(params.max_sequence_length),
             seed=secrets.randbelow(2**32) if params.seed is None else self._seed(params.seed),
             images=params.images,
@@ -212,6 +221,10 @@ class Capabilities(BaseModel):
         if not prompt.strip():
             raise RequestError("'prompt' is blank: say what the picture should show.", param="prompt")
 
+    def _check_negative_prompt(self, prompt: str | None) -> None:
+        if prompt and prompt.strip() and not self.takes_negative_prompt:
+            raise RequestError(f"{self.family} takes no negative prompt.", param="negative_prompt")
+
     def _check_size(self, width: int, height: int) -> None:
         size, unit = f"{width}x{height}", self.size_multiple
         if width % unit or height % unit:
@@ -237,16 +250,35 @@ class Capabilities(BaseModel):
         scales = {"true_cfg_scale": params.true_cfg_scale, "guidance_scale": params.guidance_scale}
         scale = scales.pop(self.guidance_parameter)
         [(other, value)] = scales.items()
-        if value not in (None, 1):  # one is no guidance, which is what not having it means
+        if (
+            value not in (None, 1) and self.embedded_guidance is None
+        ):  # one is no guidance, which is what not having it means
             raise RequestError(
                 f"{self.family} takes '{self.guidance_parameter}'; '{other}' would have no effect.", param=other
             )
+        return self.guidance_scale if scale is None else self._strength_of_guidance(scale, self.guidance_parameter)
+
+    def _guidance_2(self, params: SamplingParams) -> float | None:
+        """Of a request that names neither strength the model card's; of one that names the first, the same: None."""
+        scale = params.guidance_scale_2
         if scale is None:
-            return self.guidance_scale
+            return self.guidance_scale_2 if params.guidance_scale is None else None
+        if self.guidance_scale_2 is None:
+            raise RequestError(
+                f"'guidance_scale_2' is for models with a second transformer, which {self.family} is not.",
+                param="guidance_scale_2",
+            )
+        return self._strength_of_guidance(scale, "guidance_scale_2")
+
+    def _embedded_guidance(self, scale: float | None) -> float | None:
+        if scale is None or self.embedded_guidance is None:
+            return self.embedded_guidance
+        return self._strength_of_guidance(scale, "guidance_scale")
+
+    def _strength_of_guidance(self, scale: float, param: str) -> float:
         if not 0 <= scale <= self.max_guidance:
             raise RequestError(
-                f"Invalid {self.guidance_parameter} {scale}: expected a number from 0 to {self.max_guidance:g}.",
-                param=self.guidance_parameter,
+                f"Invalid {param} {scale}: expected a number from 0 to {self.max_guidance:g}.", param=param
             )
         return float(scale)
 

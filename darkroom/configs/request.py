@@ -27,7 +27,7 @@ class SamplingParams:
     true_cfg_scale: float | None = None
     """Strength of classifier-free guidance, for models that call it so; 1 or less switches it off: half the work."""
     guidance_scale: float | None = None
-    """The same, for the other models."""
+    """The same, for the other models; where a model has both, guidance as an input of its transformer."""
     negative_prompt: str | None = None
     max_sequence_length: int | None = None
     """Prompt tokens after which the text is cut off."""
@@ -72,6 +72,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_frames: int = 1
     fps: int = 0
     guidance_scale_2: float | None = None
+    embedded_guidance: float | None = None
+    """Strength of guidance that is an input of the transformer, for models that have it beside the other kind."""
     output_format: OutputFormat = "png"
     output_compression: int = 100
     """0 to 100, the quality of JPEG and WebP."""

@@ -119,7 +119,7 @@ class Engine:
             done = self.workers.receive()
         except CommandFailed as e:
             assert self.command is not None
-            self._answer(*self.scheduler.fail(self.command, str(e), e.param))
+            self._answer(*self.scheduler.fail(self.command, str(e), e.refusal))
             self.command = None
         except LoadFailed as e:
             self.workers.kill()

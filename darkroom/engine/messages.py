@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request
 
 
@@ -74,12 +75,29 @@ class Finished(Message, frozen=True):
     """Of the pictures that came with the request, as the transformer knows them."""
 
 
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """A `RequestError` on the wire: the request's own fault, such as a picture that cannot be decoded."""
+
+    message: str
+    param: str | None
+    code: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal | None:
+        if not isinstance(error, RequestError):
+            return None
+        return cls(message=str(error), param=error.param, code=error.code)
+
+    def as_error(self) -> RequestError:
+        return RequestError(self.message, param=self.param, code=self.code)
+
+
 class Failed(Message, frozen=True):
     id: str
     error: str
-    reason: Literal["internal", "unavailable", "busy", "invalid"] = "internal"
-    """`invalid`: the client can mend it, and is told the error and the field."""
-    param: str | None = None
+    refusal: Refusal | None = None
+    """Where the client is at fault, and is told so."""
+    reason: Literal["internal", "unavailable", "busy"] = "internal"
 
 
 # engine -> workers: every worker gets every command, in the same order
@@ -135,8 +153,7 @@ class Error(Message, frozen=True):
     rank: int
     error: str
     is_config_error: bool = False
-    param: str | None = None
-    """The field of the request that is at fault, such as a picture that cannot be decoded."""
+    refusal: Refusal | None = None
 
 
 class Encoded(Message, frozen=True):

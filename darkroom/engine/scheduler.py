@@ -28,6 +28,7 @@ from .messages import (
     Prepared,
     Preview,
     Progress,
+    Refusal,
     Step,
 )
 
@@ -112,8 +113,8 @@ class Scheduler:
                 return [event for id in ids if (event := self._decoded(id, command.preview, seconds))]
         return []
 
-    def fail(self, command: Command, error: str, param: str | None = None) -> list[Event]:
-        """All workers refused `command` alike: its requests fail, the others go on. `param` is the client's fault."""
+    def fail(self, command: Command, error: str, refusal: Refusal | None = None) -> list[Event]:
+        """All workers refused `command` alike: its requests fail, the others go on."""
         ids = getattr(command, "ids", ())
         known = [id for id in ids if id in self.waiting or id in self.running]
         for id in ids:
@@ -121,7 +122,7 @@ class Scheduler:
             self.running.pop(id, None)
             if id not in self.drops:  # a request cancelled meanwhile
                 self.drops.append(id)
-        return [Failed(id=id, error=error, reason="invalid" if param else "internal", param=param) for id in known]
+        return [Failed(id=id, error=error, refusal=refusal) for id in known]
 
     def encoded(self, message: FromEncoder) -> Event | None:
         """The encoder thread's word, at any time from `Decode` on. A request cancelled meanwhile is not known here."""

@@ -15,7 +15,7 @@ import zmq
 
 from darkroom.configs.config import EngineConfig
 from darkroom.configs.devices import torch_threads
-from darkroom.configs.errors import ConfigError, RequestError
+from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
 from darkroom.models import Model, Sample
 from darkroom.models.build import build
@@ -37,6 +37,7 @@ from .messages import (
     Loaded,
     Prepare,
     Prepared,
+    Refusal,
     Reply,
     Step,
     decode_command,
@@ -65,7 +66,8 @@ class Worker:
                 self._mark_step()
             case Drop(ids=ids):
                 for id in ids:
-                    self.samples.pop(id, None)
+                    if sample := self.samples.pop(id, None):
+                        self.model.drop(sample)
         return ()
 
     def step(self, samples: Sequence[Sample]) -> None:
@@ -143,14 +145,13 @@ class WorkerProcess:
                 _wait_for_device(worker.model.device)  # the time is the decode's, and the encoder finds it done
                 return Done(rank=self.rank)
             return Done(rank=self.rank, prepared=worker.execute(command))
-        except RequestError as e:  # a picture whose header was good, and the rest of the file is not
-            return Error(rank=self.rank, error=str(e), param=e.param)
         except torch.AcceleratorError:
             logger.exception("the device is lost to rank %d", self.rank)
             os._exit(1)  # every later call would fail too: the engine starts another process
         except Exception as e:
-            logger.exception("%s failed on rank %d", type(command).__name__, self.rank)
-            return Error(rank=self.rank, error=f"{type(e).__name__}: {e}")
+            if not (refusal := Refusal.of(e)):
+                logger.exception("%s failed on rank %d", type(command).__name__, self.rank)
+            return Error(rank=self.rank, error=f"{type(e).__name__}: {e}", refusal=refusal)
 
     def _encode(self, worker: Worker, command: Decode, decoded: torch.Tensor | None) -> None:
         if decoded is None:

@@ -35,6 +35,7 @@ from .messages import (
     FromEncoder,
     Loaded,
     Prepared,
+    Refusal,
     decode_reply,
     encode,
 )
@@ -56,11 +57,11 @@ class LoadFailed(WorkersLost):
 
 
 class CommandFailed(Exception):
-    """Every rank refused the command alike; the group is whole. `param` is set where the client is at fault."""
+    """Every rank refused the command alike; the group is whole."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, refusal: Refusal | None = None) -> None:
         super().__init__(message)
-        self.param = param
+        self.refusal = refusal
 
 
 class WorkerGroup:
@@ -176,11 +177,9 @@ class WorkerGroup:
             raise WorkersLost(f"rank {first.rank} failed alone: {first.error}")
         if any(error.error != first.error for error in errors):
             raise WorkersLost(f"the ranks failed differently; rank {first.rank}: {first.error}")
-        if all(error.param for error in errors):  # found in the same bytes at the same place, whatever was enqueued
-            raise CommandFailed(first.error, first.param)
-        if self.config.device == "cuda" and self.config.world_size > 1:
+        if self.config.device == "cuda" and self.config.world_size > 1 and not first.refusal:
             raise WorkersLost(f"every rank failed: {first.error}")
-        raise CommandFailed(first.error)
+        raise CommandFailed(first.error, first.refusal)
 
     def _check_alive(self) -> None:
         for process in self.processes:

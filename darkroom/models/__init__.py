@@ -6,6 +6,7 @@ from .ovis_image import OvisImage
 from .qwen_image import QwenImage
 from .qwen_image_edit import QwenImageEdit, QwenImageEditPlus, QwenImageLayered
 from .sd3 import StableDiffusion3
+from .wan import Wan
 from .z_image import ZImage
 
 FAMILIES: tuple[type[Model], ...] = (
@@ -18,6 +19,7 @@ FAMILIES: tuple[type[Model], ...] = (
     LongCatImageEdit,
     OvisImage,
     StableDiffusion3,
+    Wan,
 )
 
 MODELS: dict[str, type[Model]] = {name: family for family in FAMILIES for name in family.pipelines}

@@ -38,8 +38,9 @@ class Component:
     name: str
     """The class."""
     plan: Plan = field(default_factory=Plan)
-    ranks: Literal["tp", "world", "vae"]
-    """`tp`: cut over the tensor-parallel axis. `world`: over all ranks. `vae`: whole, on the ranks that decode."""
+    ranks: Literal["tp", "world", "vae", "all"]
+    """`tp`: cut over the tensor-parallel axis. `world`: over all ranks. `vae`: whole, on the ranks that decode.
+    `all`: whole, on every rank, as its own library loads it."""
     section: str | None = None
     """The part of config.json that describes the class, where the folder holds more than it."""
     nested: tuple[str, ...] = ()
@@ -162,6 +163,12 @@ class Model(ABC):
         """Parts of the pipeline that it cannot load by itself."""
         return {}
 
+    @classmethod
+    def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The capabilities that follow from a checkpoint: its model_index.json, and configs by component, with the
+        scheduler's."""
+        return {}
+
     @abstractmethod
     def tiling(self) -> Tiling:
         """The tiles that the stock VAE works in where it is told to."""
@@ -190,10 +197,12 @@ class Model(ABC):
         guided = request.guidance_scale > self.options.no_guidance
         return [request.prompt, request.negative_prompt] if guided else [request.prompt]
 
-    def spread_decode(self, z: torch.Tensor, decode: Decode, decode_tile: Decode) -> torch.Tensor | None:
+    def spread_decode(
+        self, z: torch.Tensor, decode: Decode, decode_tile: Decode, finish: Decode | None = None
+    ) -> torch.Tensor | None:
         """The VAE's own `decode` over the ranks that take part: by rows, or by tiles where tiling is asked for.
 
-        The picture on the output rank, None on the others.
+        `finish` is what the VAE does to tiles once they are one. The picture on the output rank, None on the others.
         """
         from darkroom.parallel.spatial import map_tiles
 
@@ -201,7 +210,8 @@ class Model(ABC):
             return None
         tiling = self.tiling()
         if self.use_tiling and tiling.applies(*z.shape[-2:]):
-            return map_tiles(z, decode_tile, tiling, self.mesh.vae)
+            decoded = map_tiles(z, decode_tile, tiling, self.mesh.vae)
+            return decoded if decoded is None or finish is None else finish(decoded)
         return self.patches.decode(z, decode)
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
@@ -233,6 +243,10 @@ class Model(ABC):
         prediction is noise - x0."""
         estimate: torch.Tensor = sample.latents - sample.sigma * prediction
         return estimate.to(sample.latents.dtype)
+
+    def drop(self, sample: Sample) -> None:
+        """The sample is not needed any more: it is finished, or was given up on the way."""
+        return
 
     def new_scheduler(self) -> Any:
         return deepcopy(self.pipe.scheduler)

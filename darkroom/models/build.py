@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,18 +31,41 @@ logger = logging.getLogger(__name__)
 def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Model:
     """This rank's `Model`. Raises `ConfigError` for a checkpoint that does not fit, ValueError for a wrong plan."""
     family = checkpoint.family
+    transformers.utils.logging.disable_progress_bar()
     parts: dict[str, Any] = {
         **dict.fromkeys([*family.unused, *checkpoint.absent]),
         **family.processors(checkpoint.folder),
     }
     for name, component in checkpoint.components.items():
-        axis = _axis(component, mesh)
-        parts[name] = _component(checkpoint, name, axis, device, dtype) if axis else _absent(checkpoint, name, dtype)
-    _spread_attention(parts["transformer"], family.components["transformer"], config, mesh)
+        if component.ranks == "all":
+            parts[name] = _whole(checkpoint, name, device, dtype)
+        elif axis := _axis(component, mesh):
+            parts[name] = _component(checkpoint, name, axis, device, dtype)
+        else:
+            parts[name] = _absent(checkpoint, name, dtype)
+        if component.plan.sequence:
+            _spread_attention(parts[name], component, config, mesh)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not of the class it expects
-    pipe = DiffusionPipeline.from_pretrained(checkpoint.folder, local_files_only=True, **parts)
+    pipe = _pipeline(checkpoint.folder, parts)
     return family(pipe, parts["vae"], checkpoint.capabilities, mesh, device, use_tiling=config.vae_use_tiling)
+
+
+def _pipeline(folder: Path, parts: Mapping[str, Any]) -> DiffusionPipeline:
+    """The stock pipeline of these parts; the others, such as tokenizers, are loaded.
+
+    `from_pretrained` does not do: what a pipeline's constructor has a default for, it loads though it is given.
+    """
+    index = DiffusionPipeline.load_config(folder, local_files_only=True)
+    cls: Any = getattr(diffusers, index["_class_name"])
+    given = {name: value for name, value in index.items() if name in inspect.signature(cls).parameters}
+    for name, value in given.items():
+        if isinstance(value, list) and name not in parts:
+            library, kind = value
+            loader = getattr(importlib.import_module(library), kind) if library else None
+            given[name] = loader.from_pretrained(folder / name, local_files_only=True) if loader else None
+    pipe: DiffusionPipeline = cls(**{**given, **parts})
+    return pipe
 
 
 def _axis(component: Component, mesh: Mesh) -> Axis | None:
@@ -53,15 +77,28 @@ def _axis(component: Component, mesh: Mesh) -> Axis | None:
             return mesh.world
         case "vae":
             return Axis("whole") if mesh.vae else None
+        case "all":
+            raise AssertionError("what its own library loads is not cut")
 
 
 def _component(checkpoint: Checkpoint, name: str, axis: Axis, device: torch.device, dtype: torch.dtype) -> nn.Module:
     component, config = checkpoint.family.components[name], checkpoint.configs[name]
     module = _empty(component, checkpoint.folder / name, config).eval().requires_grad_(False)
     shard(module, component.plan, config, axis)
-    report = load(module, checkpoint.tensors(name), component.plan, config, axis, device, dtype)
+    report = load(module, checkpoint.tensors(name), component.plan, config, axis, device, dtype, _kept(module, dtype))
     module.to(device)  # buffers that are computed, not stored
     logger.debug("%s: read %d numbers, holds %d", name, report.elements_read, report.elements_held)
+    return module
+
+
+def _whole(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A component that is not cut, as its library loads it, which may rename, tie or keep parameters in float32."""
+    component = checkpoint.family.components[name]
+    cls = getattr(importlib.import_module(component.module), component.name)
+    module: nn.Module = cls.from_pretrained(checkpoint.folder / name, dtype=dtype, local_files_only=True)
+    module = module.eval().requires_grad_(False).to(device)
+    for parameter in module.parameters():  # those mapped from a file keep it open, and may lie unaligned
+        parameter.data = parameter.data.clone()
     return module
 
 
@@ -93,9 +130,14 @@ def use_processors(module: nn.Module, component: Component) -> None:
         attending.set_attn_processor({name: component.processor() for name in attending.attn_processors})
 
 
-def _spread_attention(module: nn.Module | None, component: Component, config: EngineConfig, mesh: Mesh) -> None:
-    if module is None:
-        return
+def _kept(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Names in the paths of parameters that the class keeps in fp32. diffusers always follows such a list, and
+    transformers for float16 alone."""
+    listed = isinstance(module, diffusers.ModelMixin) or dtype == torch.float16
+    return set(getattr(module, "_keep_in_fp32_modules", None) or ()) if listed else set()
+
+
+def _spread_attention(module: nn.Module, component: Component, config: EngineConfig, mesh: Mesh) -> None:
     if mesh.sequence.size > 1:
         SequenceParallel(module, component.plan, mesh, config.attention_backend)
     elif config.attention_backend != "auto":

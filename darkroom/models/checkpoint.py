@@ -6,9 +6,10 @@ Reads JSON files and the headers of safetensors files only: no torch, no weights
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from darkroom.configs.parallel import ParallelConfig
 from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, read_headers
 from darkroom.parallel.plan import Plan, lookup
 
-from . import MODELS, hub
+from . import MODELS, any_diffusers, hub
 from .base import Component, Model
 
 DEMO = Path(__file__).parent / "demo"
@@ -50,9 +51,7 @@ class Checkpoint:
         folder = local or hub.fetch(model, revision)
         index = _read_json(folder / "model_index.json", f"'{model}' is no diffusers pipeline")
         name = str(index.get("_class_name"))
-        if name not in MODELS:
-            raise ConfigError(f"'{model}' is a {name}, which no model family runs; known: {', '.join(sorted(MODELS))}")
-        family = MODELS[name]
+        family = MODELS.get(name) or _other_family(model, name, index, folder)
         named = [part for part, classes in index.items() if isinstance(classes, list) and any(classes)]
         absent = frozenset(family.optional).difference(named)
         for part in [*family.components, *named]:
@@ -63,7 +62,8 @@ class Checkpoint:
                 continue
             if not any(all((folder / file).is_file() for file in files) for files in choices):
                 raise ConfigError(f"'{model}' is incomplete: {' and '.join(choices[0])} is missing")
-        return cls(folder, family, _capabilities(family, folder), absent, None if local else model)
+        checkpoint = cls(folder, family, family.capabilities, absent, None if local else model)
+        return replace(checkpoint, capabilities=_capabilities(checkpoint, index))
 
     @cached_property
     def components(self) -> dict[str, Component]:
@@ -118,6 +118,12 @@ class Checkpoint:
 
     def check(self, config: ParallelConfig) -> None:
         """Raises ConfigError for degrees that this model cannot be spread by, with what would work."""
+        if config.cfg_parallel_size > 1 and self.capabilities.guidance_branches == 1:
+            others = [flag for axis, flag in _OTHER_FLAGS.items() if axis in self.capabilities.axes]
+            raise ConfigError(
+                f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} makes one prediction a step, without "
+                f"guidance branches, which every rank would repeat; {_instead(others)}"
+            )
         for axis, degree in {**config.axes, "vae": config.vae_patch_parallel_size}.items():
             if degree > 1 and axis not in self.capabilities.axes:
                 raise ConfigError(
@@ -130,13 +136,37 @@ class Checkpoint:
                 f"--cfg {config.cfg_parallel_size}: {self.capabilities.family} has {branches} guidance branches; "
                 f"use --cfg 1 or --cfg {branches}"
             )
-        heads = lookup(self.configs["transformer"], next(_head_counts(self.family.components["transformer"].plan)))
-        used = config.tensor_parallel_size * config.ulysses_degree
-        if used > heads:
+        plan = self.family.components["transformer"].plan
+        degree = config.tensor_parallel_size
+        if degree > 1 and plan.even_heads and (heads := self._heads("transformer", plan)) % degree:
             raise ConfigError(
-                f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, and "
-                f"the transformer has {heads}; use a product of at most {heads}, and --ring for more ranks"
+                f"--tp {config.tensor_parallel_size}: the transformer has {heads:g} heads, and its class needs as many "
+                "on every rank"
             )
+        used = config.tensor_parallel_size * config.ulysses_degree
+        for name, component in self.components.items():
+            if component.plan.sequence and used > (heads := self._heads(name, component.plan)):
+                raise ConfigError(
+                    f"--tp {config.tensor_parallel_size} --usp {config.ulysses_degree}: {used} ranks share the heads, "
+                    f"and the {name} has {heads:g}; use a product of at most {heads:g}, and --ring for more ranks"
+                )
+
+    def _heads(self, name: str, plan: Plan) -> float:
+        """How many heads a component has; without a plan that cuts them, as many as one likes."""
+        count = next(_head_counts(plan), None)
+        return lookup(self.configs[name], count) if count else math.inf
+
+    def notes(self, config: ParallelConfig) -> list[str]:
+        """What an operator would want to know of degrees that are no error."""
+        model, degree = self.capabilities, config.cfg_parallel_size
+        if degree == 1 or model.guidance_scale > model.no_guidance:
+            return []
+        return [
+            f"--cfg {degree}: {model.family} draws without guidance unless a request sets "
+            f"{model.guidance_parameter} above {model.no_guidance:g}; "
+            f"until then the {degree} groups of ranks all do the same work. "
+            f"--usp {degree * config.ulysses_degree} would share it"
+        ]
 
     def footprint(self, config: ParallelConfig, dtype: str) -> list[dict[str, int]]:
         """Bytes of weights by rank and component."""
@@ -164,6 +194,13 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     return checkpoint
 
 
+_OTHER_FLAGS = {"ulysses": "--usp", "ring": "--ring", "tp": "--tp"}
+
+
+def _instead(flags: list[str]) -> str:
+    return f"use {' or '.join(flags)} for more ranks" if flags else "use one rank, and several servers for more"
+
+
 def _head_counts(plan: Plan) -> Iterator[str]:
     """The keys of config.json that the plan reads."""
     for style in plan.tensor.values():
@@ -181,6 +218,8 @@ def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int
             return config.world_size, rank
         case "vae":
             return (1, 0) if rank < config.vae_size else (0, 0)
+        case "all":
+            return 1, 0
 
 
 def _local_folder(model: str) -> Path | None:
@@ -194,12 +233,25 @@ def _local_folder(model: str) -> Path | None:
     return None
 
 
-def _capabilities(family: type[Model], folder: Path) -> Capabilities:
-    file = folder / "darkroom.json"
-    if not file.is_file():
-        return family.capabilities
+def _other_family(model: str, name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
     try:
-        return family.capabilities.override(_read_json(file, ""))
+        return any_diffusers.family_of(name, index, folder)
+    except ConfigError as e:
+        raise ConfigError(
+            f"'{model}' is a {name}, which no model family runs, and it does not run as any other pipeline of "
+            f"diffusers does: {e}; families: {', '.join(sorted(MODELS))}"
+        ) from None
+
+
+def _capabilities(checkpoint: Checkpoint, index: Mapping[str, Any]) -> Capabilities:
+    family, file = checkpoint.family, checkpoint.folder / "darkroom.json"
+    scheduler = _read_json(checkpoint.folder / "scheduler" / "scheduler_config.json", "the checkpoint is incomplete")
+    configs = {**checkpoint.configs, "scheduler": scheduler}
+    described = family.capabilities.override(family.describe(index, configs))
+    if not file.is_file():
+        return described
+    try:
+        return described.override(_read_json(file, ""))
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(f"{file.name}: '{first['loc'][0]}': {first['msg']}") from None

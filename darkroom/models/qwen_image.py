@@ -19,6 +19,7 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
+from .autoencoder_causal import decode_latents, statistics, tiling, vae
 from .base import Component, Model, Sample, noise_generator, with_context
 from .from_picture import Start, start_from_picture
 from .text_encoders import QWEN2_5_VL
@@ -83,12 +84,7 @@ class QwenImage(Model):
             ranks="tp",
         ),
         "text_encoder": QWEN2_5_VL,
-        "vae": Component(
-            module="diffusers.models.autoencoders.autoencoder_kl_qwenimage",
-            name="AutoencoderKLQwenImage",
-            plan=Plan(spatial="decoder", whole_rows=("decoder.mid_block.attentions.*",)),
-            ranks="vae",
-        ),
+        "vae": vae("autoencoder_kl_qwenimage", "AutoencoderKLQwenImage"),
     }
 
     def tiling(self) -> Tiling:
@@ -137,7 +133,7 @@ class QwenImage(Model):
     def encode_picture(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """[1, 3, H, W] -> normalised latents [1, C, h, w]"""
         latents: torch.Tensor = self.encoder.encode(picture[:, :, None]).latent_dist.sample(generator)
-        mean, std = self._statistics(latents)
+        mean, std = statistics(self.vae, latents)
         return ((latents - mean) * (1.0 / std))[:, :, 0]
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
@@ -189,41 +185,8 @@ class QwenImage(Model):
         request, pipe = samples[0].request, self.pipe
         packed = torch.cat(list(latents))
         z = pipe._unpack_latents(packed, request.height, request.width, pipe.vae_scale_factor)
-        decoded = self.decode_latents(z)
+        decoded = decode_latents(self, z)
         return None if decoded is None else decoded[:, :, 0]
-
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """Normalised latents [B, C, 1, h, w] -> [B, 3, 1, H, W]"""
-        z = latents.to(self.vae.dtype)
-        mean, std = self._statistics(z)
-        z = z / (1.0 / std) + mean  # in bfloat16 every other order rounds to another picture than stock's
-        return self.spread_decode(z, lambda x: self.vae.decode(x, return_dict=False)[0], self._decode_tile)
-
-    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents, by channel: [1, C, 1, 1, 1] each"""
-        import torch
-
-        config = self.vae.config
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1).to(like) for x in (config.latents_mean, config.latents_std))
-        return mean, std
-
-    def _decode_tile(self, z: torch.Tensor) -> torch.Tensor:
-        """One tile of one frame, as the stock tiled decode does it: [B, C, 1, h, w] -> [B, 3, 1, H, W], not clamped."""
-        vae = self.vae
-        vae.clear_cache()
-        tile: torch.Tensor = vae.decoder(vae.post_quant_conv(z), feat_cache=vae._feat_map, feat_idx=[0])
-        return tile
-
-
-def tiling(vae: Any) -> Tiling:
-    """The tiles of a causal VAE: that of Qwen-Image, or Wan's."""
-    from darkroom.parallel.spatial import Tiling
-
-    return Tiling(
-        tile=(vae.tile_sample_min_height, vae.tile_sample_min_width),
-        stride=(vae.tile_sample_stride_height, vae.tile_sample_stride_width),
-        scale=vae.spatial_compression_ratio,
-    )
 
 
 def _pad(embeds: Sequence[torch.Tensor], least: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -17,6 +17,7 @@ from darkroom.configs.capabilities import fit_area
 from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
 
+from .autoencoder_causal import decode_latents
 from .base import Model, Sample, noise_generator
 from .qwen_image import QwenImage
 from .text_encoders import QWEN2_5_VL_WITH_VISION, processor_files
@@ -185,7 +186,7 @@ class QwenImageLayered(QwenImage):
         packed = torch.cat(list(latents))
         z = pipe._unpack_latents(packed, request.height, request.width, request.layers, pipe.vae_scale_factor)
         layers = z[:, :, 1:].transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [B L, C, 1, h, w]
-        decoded = self.decode_latents(layers)
+        decoded = decode_latents(self, layers)
         return None if decoded is None else decoded[:, :, 0].unflatten(0, (len(samples), request.layers))
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from darkroom.parallel.plan import (
     Colwise,
     EmbeddingColumns,
@@ -106,24 +108,43 @@ CLIP = Component(  # position_ids are counted by the class; transformers before 
 )
 
 _T5_HEADS, _T5_LAYER = Heads("num_heads"), "block.*.layer"
+_T5_TENSOR: dict[str, TensorStyle] = {
+    "embed_tokens": EmbeddingColumns(),
+    **{f"{_T5_LAYER}.0.SelfAttention.{name}": Colwise(_T5_HEADS) for name in "qkv"},
+    f"{_T5_LAYER}.0.SelfAttention.o": Rowwise(_T5_HEADS),
+    **{f"{_T5_LAYER}.1.DenseReluDense.{name}": Colwise() for name in ("wi_0", "wi_1")},
+    f"{_T5_LAYER}.1.DenseReluDense.wo": Rowwise(),
+}
 
 T5 = Component(  # the encoder alone: the class around it has the embedding table twice
     module="transformers.models.t5.modeling_t5",
     name="T5Stack",
     plan=Plan(
         tensor={
-            "embed_tokens": EmbeddingColumns(),
-            **{f"{_T5_LAYER}.0.SelfAttention.{name}": Colwise(_T5_HEADS) for name in "qkv"},
-            f"{_T5_LAYER}.0.SelfAttention.o": Rowwise(_T5_HEADS),
+            **_T5_TENSOR,
             "block.0.layer.0.SelfAttention.relative_attention_bias": HeadBias(_T5_HEADS),  # for the other layers too
-            **{f"{_T5_LAYER}.1.DenseReluDense.{name}": Colwise() for name in ("wi_0", "wi_1")},
-            f"{_T5_LAYER}.1.DenseReluDense.wo": Rowwise(),
         }
     ),
     ranks="world",
     prefixes={"encoder.": "", "shared.": "embed_tokens."},
     settings={"use_cache": False},  # which an encoder refuses, and config.json asks for
 )
+
+UMT5 = replace(
+    T5,
+    module="transformers.models.umt5.modeling_umt5",
+    name="UMT5Stack",
+    plan=Plan(
+        tensor={
+            **_T5_TENSOR,
+            f"{_T5_LAYER}.0.SelfAttention.relative_attention_bias": HeadBias(_T5_HEADS),  # every layer has its own
+            f"{_T5_LAYER}.0.SelfAttention": LocalHeads(_T5_HEADS, "n_heads"),
+        }
+    ),
+)
+
+BY_CLASS = {"Qwen3Model": QWEN3, "Qwen3ForCausalLM": QWEN3}
+"""What computes the hidden states of a class that model_index.json names."""
 
 
 def processor_files(folder: str) -> tuple[tuple[str, ...], ...]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import Capabilities
@@ -93,6 +93,15 @@ class ZImage(Model):
         "text_encoder": QWEN3,
         "vae": VAE,
     }
+
+    @classmethod
+    def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Turbo and the base model differ in their weights and in the schedule's shift, 3 and 6, and in nothing else
+        that a checkpoint says. The base model is guided, as its card has it."""
+        if configs["scheduler"].get("shift", 3.0) < 6:
+            return {}
+        steps = {"low": 28, "medium": 40, "high": 50}
+        return {"num_inference_steps": 50, "guidance_scale": 4.0, "quality_steps": steps}
 
     def tiling(self) -> Tiling:
         return tiling(self.vae)

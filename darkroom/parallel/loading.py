@@ -9,7 +9,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,11 +136,13 @@ def load(
     axis: Axis,
     device: torch.device,
     dtype: torch.dtype,
+    kept: Collection[str] = (),
 ) -> Report:
     """Fill the parameters of `module`, which are on the meta device, with this rank's part of the checkpoint.
 
-    Raises ConfigError for a parameter that the checkpoint does not hold, or holds in another shape, and for what the
-    checkpoint holds and the module has no place for: config.json then describes another model.
+    All become `dtype`, but fp32 where one of the names `kept` stands in a parameter's path. Raises ConfigError for a
+    parameter that the checkpoint does not hold, or holds in another shape, and for what the checkpoint holds and the
+    module has no place for: config.json then describes another model.
     """
     import torch
 
@@ -153,6 +155,7 @@ def load(
             f"{type(module).__name__} has no '{unexpected[0]}', which the checkpoint holds ({len(unexpected)} such): "
             "config.json does not fit the weights"
         )
+    exact = frozenset(kept)
 
     def fill(name: str) -> int:
         stored = tensors[name]
@@ -163,7 +166,7 @@ def load(
                 f"expects {list(whole)}: config.json does not fit the weights"
             )
         cut = cut_stored(stored, name, plan, config, axis.size, axis.rank)
-        _assign(module, name, _read(stored, cut, device, dtype))
+        _assign(module, name, _read(stored, cut, device, dtype if exact.isdisjoint(name.split(".")) else torch.float32))
         return cut.stored(stored.shape) if cut else math.prod(stored.shape)
 
     with ThreadPoolExecutor(_THREADS if device.type == "cuda" else 1) as pool:

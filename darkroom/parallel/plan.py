@@ -83,6 +83,13 @@ class HeadBias:
 
 
 @dataclass(frozen=True)
+class NormAcross:
+    """Cut an RMS norm over the features of all heads together; the ranks' sums of squares are added."""
+
+    heads: Heads
+
+
+@dataclass(frozen=True)
 class KeyValueGroups:
     """Set the module's attribute `name` to the query heads per key/value head that this rank holds."""
 
@@ -109,7 +116,7 @@ class LocalWidth:
 
 
 AttributeStyle = KeyValueGroups | LocalHeads | LocalWidth
-TensorStyle = Colwise | Rowwise | EmbeddingColumns | HeadBias | AttributeStyle
+TensorStyle = Colwise | Rowwise | EmbeddingColumns | HeadBias | NormAcross | AttributeStyle
 
 # ---- sequence parallelism --------------------------------------------------------------------------------------
 
@@ -153,6 +160,8 @@ class Plan:
     """How one component is cut. An empty part means that the component has no such plan."""
 
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
+    even_heads: bool = False
+    """Tensor parallelism: the class cannot do with heads of zeros, so the ranks must divide the heads."""
     sequence: Mapping[str, SequenceRule] = field(default_factory=dict)
     attention: Sequence[str] = ()
     """Sequence parallelism: the modules that attend over all ranks' tokens; by default every one with a processor."""
@@ -253,6 +262,8 @@ def cut_parameter(
             return _cut(1, shape, None, False, config, size, rank)
         case HeadBias(heads=heads):
             return _cut(1, shape, heads, False, config, size, rank)
+        case NormAcross(heads=heads):
+            return _cut(0, shape, heads, False, config, size, rank)
     return None
 
 

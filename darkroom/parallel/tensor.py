@@ -8,6 +8,7 @@ filled up with zeros, and modulation layers are cut too and their small outputs 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .plan import (
     KeyValueGroups,
     LocalHeads,
     LocalWidth,
+    NormAcross,
     Plan,
     Rowwise,
     TensorStyle,
@@ -69,6 +71,19 @@ def _shard_one(module: nn.Module, style: TensorStyle, config: Mapping[str, Any],
         module.register_forward_hook(lambda _module, _args, out: axis.all_reduce(out))
     elif isinstance(style, EmbeddingColumns) or (isinstance(style, Colwise) and style.gather):
         module.register_forward_hook(lambda _module, _args, out: _gather_features(out, whole_width, axis))
+    elif isinstance(style, NormAcross):
+        setattr(module, "forward", partial(_norm_across, module, whole_width, axis))  # noqa: B010 - mypy minds the other
+
+
+def _norm_across(norm: nn.Module, width: int, axis: Axis, x: torch.Tensor) -> torch.Tensor:
+    """RMS norm over `width` features of which `x` [..., features] are this rank's. Zeros that fill up add nothing.
+
+    As in torch's own, all is fp32 until the weight is in, and so is the eps where none is given.
+    """
+    wide = x.float()
+    mean = axis.all_reduce(wide.square().sum(-1, keepdim=True)) / width
+    eps = torch.finfo(wide.dtype).eps if norm.eps is None else norm.eps
+    return (wide * torch.rsqrt(mean + eps) * norm.weight).to(x.dtype)
 
 
 def _local_value(whole: int, style: AttributeStyle, config: Mapping[str, Any], axis: Axis) -> int:

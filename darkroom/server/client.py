@@ -11,7 +11,6 @@ from typing import Any, Literal, NoReturn, TypeVar
 import zmq
 import zmq.asyncio
 
-from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request
 from darkroom.engine.messages import (
     Cancel,
@@ -69,8 +68,8 @@ class EngineClient:
     async def generate(self, request: Request) -> AsyncGenerator[Progress | Preview | Finished, None]:
         """What happens to one picture; the last event is `Finished`. Closing the iterator before it cancels.
 
-        Raises `EngineError`, and does so at once unless the engine is ready; `RequestError` for what only the
-        workers could see, such as a picture that is cut off.
+        Raises `EngineError`, and does so at once unless the engine is ready; `RequestError` where only the workers
+        could tell that the request is at fault.
         """
         if self.last_status.state != "ready":
             raise EngineError("unavailable", f"the engine is {self.last_status.state}")
@@ -83,8 +82,10 @@ class EngineClient:
                 ended = isinstance(event, Finished | Failed | EngineError)
                 if isinstance(event, EngineError):
                     raise event
+                if isinstance(event, Failed) and event.refusal:
+                    raise event.refusal.as_error()
                 if isinstance(event, Failed):
-                    raise _error(event)
+                    raise EngineError(event.reason, event.error)
                 yield event
         finally:
             del self._waiters[id]
@@ -137,12 +138,6 @@ class EngineClient:
     async def _send(self, message: Inbound) -> None:
         if not self._socket.closed:  # as for a request that is cancelled while the server stops
             await self._socket.send(encode(message))
-
-
-def _error(failed: Failed) -> EngineError | RequestError:
-    if failed.reason == "invalid":
-        return RequestError(failed.error, param=failed.param)
-    return EngineError(failed.reason, failed.error)
 
 
 async def interleave(

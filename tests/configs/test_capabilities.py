@@ -177,8 +177,43 @@ def test_what_the_model_cannot_take(param: str, value: float, expected: str, cod
     assert (caught.value.param, caught.value.code) == (param, code)
 
 
+def test_a_second_strength_is_for_models_with_a_second_transformer() -> None:
+    two = CAPABILITIES.override({"guidance_parameter": "guidance_scale", "guidance_scale_2": 3.0})
+    scales: list[tuple[float | None, float | None]] = [(None, None), (5.0, None), (None, 2.0), (5.0, 2.0)]
+    resolved = [two.resolve("a cat", SamplingParams(guidance_scale=a, guidance_scale_2=b)) for a, b in scales]
+    assert [(x.guidance_scale, x.guidance_scale_2) for x in resolved] == [
+        (4.0, 3.0),
+        (5.0, None),
+        (4.0, 2.0),
+        (5.0, 2.0),
+    ]
+    for capabilities, value, message in ((CAPABILITIES, 3.0, "a second transformer"), (two, -1.0, "from 0 to 100")):
+        with pytest.raises(RequestError, match=message) as caught:
+            capabilities.resolve("a cat", SamplingParams(guidance_scale_2=value))
+        assert caught.value.param == "guidance_scale_2"
+    assert resolve().guidance_scale_2 is None
+
+
 def test_a_guidance_scale_without_effect_is_let_through() -> None:
     assert resolve(guidance_scale=1.0, seed=0) == resolve(seed=0)
+
+
+def test_a_model_may_have_guidance_of_both_kinds() -> None:
+    both = CAPABILITIES.override({"embedded_guidance": 3.5})
+    assert resolve().embedded_guidance is None
+    assert both.resolve("a cat", SamplingParams()).embedded_guidance == 3.5
+    request = both.resolve("a cat", SamplingParams(guidance_scale=7.0, true_cfg_scale=2.0))
+    assert (request.embedded_guidance, request.guidance_scale) == (7.0, 2.0)
+    with pytest.raises(RequestError, match="Invalid guidance_scale 101"):
+        both.resolve("a cat", SamplingParams(guidance_scale=101.0))
+
+
+def test_a_negative_prompt_that_would_have_no_effect() -> None:
+    without = CAPABILITIES.override({"takes_negative_prompt": False})
+    with pytest.raises(RequestError, match="A family takes no negative prompt") as caught:
+        without.resolve("a cat", SamplingParams(negative_prompt="red"))
+    assert caught.value.param == "negative_prompt"
+    assert without.resolve("a cat", SamplingParams(negative_prompt=" ")).prompt == "a cat"
 
 
 def test_no_seed_is_a_random_one() -> None:

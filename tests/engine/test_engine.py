@@ -15,7 +15,7 @@ import pytest
 from darkroom.engine.launch import EngineProcess
 from darkroom.engine.messages import Cancel, Failed, Finished, Ping, Preview, Progress, Status
 from tests.engine.peer import Peer, config, eventually, have_gone, sockets, tree, workers
-from tests.golden import request
+from tests.golden import picture_file, request
 
 LONG = request(num_inference_steps=200)
 """Seconds of work, of which a test sees the beginning."""
@@ -123,6 +123,26 @@ def test_a_request_that_every_rank_refuses_fails_alone(peer: Peer) -> None:
     assert isinstance(failed := endings["bad"], Failed)
     assert failed.reason == "internal"
     assert peer.status().state == "ready"
+
+
+def test_a_picture_that_cannot_be_decoded_is_the_clients_fault(peer: Peer) -> None:
+    """Its header is fine: only the workers find out."""
+    broken = picture_file(112, 80)[:-300]
+    wanted = {
+        "broken": request(task="image-to-image", images=(broken,), strength=0.5, num_inference_steps=4),
+        "whole": request(),
+    }
+    peer.generate(**wanted)
+    endings = peer.endings("broken", "whole")
+    assert isinstance(endings["whole"], Finished)
+    failed = endings["broken"]
+    assert isinstance(failed, Failed) and failed.refusal is not None
+    error = failed.refusal.as_error()
+    assert (error.param, error.code, str(error)) == (
+        "image",
+        "invalid_value",
+        "'image' cannot be decoded: the file is broken.",
+    )
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(peer: Peer) -> None:

@@ -293,12 +293,6 @@ def test_a_refused_command_fails_its_request_alone(kind: type[Command]) -> None:
     assert [type(c) for c in commands(scheduler)] == [Drop, Prepare, Step, Step, Decode, Drop]
 
 
-def test_a_command_that_is_the_clients_fault_is_told_so() -> None:
-    scheduler = filled(generate("a"))
-    failed = scheduler.fail(until(scheduler, Prepare), "the file is broken", "image")
-    assert failed == [Failed(id="a", error="the file is broken", reason="invalid", param="image")]
-
-
 @pytest.mark.parametrize("preview", [None, 0])
 def test_a_picture_that_cannot_be_encoded_fails_its_request(preview: int | None) -> None:
     scheduler = filled(generate("a", previews=1))

@@ -103,7 +103,7 @@ def test_a_picture_that_is_cut_off_is_the_clients_fault_and_no_end_of_the_group(
     broken = request(task="image-to-image", images=(picture_file(112, 80)[:-300],), strength=0.5)
     with pytest.raises(CommandFailed, match="cannot be decoded") as caught:
         run(group, Prepare(ids=("a",), requests=(broken,)))
-    assert caught.value.param == "image"
+    assert caught.value.refusal and caught.value.refusal.param == "image"
     run(group, Drop(ids=("a",)), prepare("b"), Step(ids=("b",)), Drop(ids=("b",)))
 
 

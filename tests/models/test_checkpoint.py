@@ -111,8 +111,9 @@ KNOWN = ", ".join(sorted(MODELS))
         (without("model_index.json"), "is no diffusers pipeline: model/model_index.json is missing"),
         (with_text("model_index.json", "{"), "model/model_index.json is not JSON: "),
         (with_text("model_index.json", "[]"), "model/model_index.json holds no JSON object"),
-        (with_text("model_index.json", "{}"), f"is a None, which no model family runs; known: {KNOWN}"),
-        (with_values("model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline, which no model family runs"),
+        (with_text("model_index.json", "{}"), "is a None, which no model family runs, and it does not run as any"),
+        (with_text("model_index.json", "{}"), f"does: it is no pipeline of diffusers; families: {KNOWN}"),
+        (with_values("model_index.json", _class_name="DiTPipeline"), "is a DiTPipeline, which no model family runs"),
         (with_values("model_index.json", _class_name=["a"]), "which no model family runs"),
         (with_values("model_index.json", extra=["diffusers", "X"]), "is incomplete: the folder extra/ is missing"),
         (without("transformer"), "is incomplete: the folder transformer/ is missing"),
@@ -140,6 +141,29 @@ def test_what_is_wrong_with_a_folder_is_named(spoil: Callable[[Path], None], exp
 def test_an_optional_component_may_be_left_out(folder: Path) -> None:
     edit(folder / "model_index.json", image_encoder=[None, None], requires_safety_checker=False)
     open_checkpoint(config(folder))
+
+
+def test_a_part_that_a_family_may_do_without(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["wan_2_2"], tmp_path / "model"))
+    whole = Checkpoint.open(str(folder))
+    [everything] = whole.footprint(ParallelConfig(), "float32")
+    assert not whole.absent and everything.keys() == whole.family.components.keys()
+    (folder / "transformer_2").rename(tmp_path / "elsewhere")
+    assert error(folder) == f"'{folder}' is incomplete: the folder transformer_2/ is missing"
+    edit(folder / "model_index.json", transformer_2=[None, None])
+    assert error(folder) == "model_index.json names no transformer_2, and its boundary_ratio of 0.875 needs one"
+    edit(folder / "model_index.json", boundary_ratio=None)
+    less = Checkpoint.open(str(folder))
+    assert less.absent == {"transformer_2"}
+    assert less.footprint(ParallelConfig(), "float32") == [
+        {k: v for k, v in everything.items() if k != "transformer_2"}
+    ]
+
+
+def test_heads_of_every_transformer_are_counted(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["wan_2_2"], tmp_path / "model"))
+    edit(folder / "transformer_2" / "config.json", num_attention_heads=2)
+    assert "and the transformer_2 has 2; use a product of at most 2" in error(folder, usp=4)
 
 
 # ---- darkroom.json -------------------------------------------------------------------------------------------------
@@ -217,12 +241,13 @@ def held(rank: int, size: int, folders: list[Path]) -> list[dict[str, int]]:
         for layout in LAYOUTS[size]:
             with worker(folder, ParallelConfig.model_validate(layout), rank) as one:
                 modules = {name: getattr(one.model.pipe, name) for name in one.model.components}
-                results.append({name: size_of(module) for name, module in modules.items()})
+                modules["vae"] = one.model.vae
+                results.append({name: size_of(module) for name, module in modules.items() if module is not None})
     return results
 
 
-def size_of(module: torch.nn.Module | None) -> int:
-    return sum(x.numel() * x.element_size() for x in module.state_dict().values()) if module else 0
+def size_of(module: torch.nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in module.state_dict().values() if not x.is_meta)
 
 
 @pytest.mark.parametrize("size", LAYOUTS)

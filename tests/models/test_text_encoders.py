@@ -12,7 +12,7 @@ from darkroom.configs import ParallelConfig
 from darkroom.configs.pictures import load_picture
 from darkroom.models.base import Component
 from darkroom.models.checkpoint import Checkpoint
-from darkroom.models.text_encoders import CLIP, QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, QWEN3, T5
+from darkroom.models.text_encoders import CLIP, QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, QWEN3, T5, UMT5
 from tests.faults import parts_are_cut_as_one
 from tests.golden import TOLERANCE, picture_file, worker
 from tests.ranks import run_ranks
@@ -42,6 +42,10 @@ LAYER = "layers.0.mlp.up_proj.weight"
         (T5, "encoder.embed_tokens.weight", "embed_tokens.weight"),
         (T5, "encoder.block.0.layer.1.DenseReluDense.wo.weight", "block.0.layer.1.DenseReluDense.wo.weight"),
         (T5, "decoder.embed_tokens.weight", None),
+        (UMT5, "encoder.block.1.layer.0.SelfAttention.q.weight", "block.1.layer.0.SelfAttention.q.weight"),
+        (UMT5, "shared.weight", "embed_tokens.weight"),  # most hold it by this name alone
+        (UMT5, "encoder.embed_tokens.weight", "embed_tokens.weight"),
+        (UMT5, "decoder.embed_tokens.weight", None),
     ],
 )
 def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str | None) -> None:
@@ -59,6 +63,7 @@ def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str 
         ("sd3_4_heads", "text_encoder"),
         ("sd3_4_heads", "text_encoder_2"),
         ("sd3_4_heads", "text_encoder_3"),
+        ("wan_2_2", "text_encoder"),
     ],
 )
 def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str, checkpoints: dict[str, Path]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from darkroom.configs import ParallelConfig
-from darkroom.parallel.guidance import map_branches
+from darkroom.parallel.guidance import BranchCalls, map_branches
 from darkroom.parallel.mesh import Axis, Mesh
 from tests.ranks import run_ranks
 
@@ -55,3 +57,75 @@ def test_one_rank_evaluates_all_branches() -> None:
 def test_more_branches_than_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match="3 guidance branches over cfg=2: the numbers must be equal"):
         map_branches(Predict(), ["a", "b", "c"], Axis("cfg", 2, 1, None, (0, 1)))
+
+
+# ---- loops that are not ours -----------------------------------------------------------------------------------------
+
+
+class Transformer:
+    """What a stock loop calls; it counts the rows that it computes. Its output has other channels than its input."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def __call__(self, x: Tensor, *, text: Tensor, more: dict[str, Tensor], return_dict: bool = False) -> Any:
+        self.rows += len(x)
+        return (torch.cat([x + text, x * text], -1) * more["size"],)
+
+
+def one_after_another(transformer: Any, x: Tensor, texts: list[Tensor], size: Tensor) -> Tensor:
+    """Takes views of the outputs, as pipelines do that cut off what belongs to a condition."""
+    parts = [transformer(x, text=text, more={"size": size}, return_dict=False)[0][:, :1] for text in texts]
+    return parts[1] + 4 * (parts[0] - parts[1])
+
+
+def as_one_batch(transformer: Any, x: Tensor, texts: list[Tensor], size: Tensor) -> Tensor:
+    out = transformer(torch.cat([x] * 2), text=torch.cat(texts), more={"size": torch.cat([size] * 2)})[0]
+    one, other = out.chunk(2)
+    return other + 4 * (one - other)
+
+
+def too_early(transformer: Any, x: Tensor, texts: list[Tensor], size: Tensor) -> Tensor:
+    first = transformer(x, text=texts[0], more={"size": size})[0] * 2
+    return first - transformer(x, text=texts[1], more={"size": size})[0]
+
+
+X, TEXTS, SIZE = torch.arange(6.0).view(1, 2, 3), [torch.full((1, 2, 3), v) for v in (2.0, 3.0)], torch.tensor([[0.5]])
+
+
+def run_loops(rank: int, size: int, loop: Any) -> tuple[list[Tensor], int]:
+    """Two loops of two steps; of the second, all forms are known."""
+    axis, known = Mesh(ParallelConfig.model_validate({"cfg": size}), rank).cfg, {}
+    transformer, outputs = Transformer(), []
+    for _ in range(2):
+        calls = BranchCalls(transformer, axis, known)
+        for step in range(2):
+            outputs.append(loop(calls, X + step, TEXTS, SIZE))
+            calls.end_step()
+    return outputs, transformer.rows
+
+
+@pytest.mark.parametrize("loop", [one_after_another, as_one_batch])
+def test_a_foreign_loop_gets_both_branches(loop: Any) -> None:
+    expected = [loop(Transformer(), X + step, TEXTS, SIZE) for step in range(2)] * 2
+    for rank, (outputs, rows) in enumerate(run_ranks(run_loops, 2, loop)):
+        assert all(map(torch.equal, outputs, expected)) and len(outputs) == 4
+        is_first_shown = loop is one_after_another and rank == 1
+        assert rows == 4 + is_first_shown  # half of the eight, and what shows a form for the first time
+
+
+def test_what_is_used_too_early_is_no_number() -> None:
+    outputs = run_ranks(run_loops, 2, too_early)[1][0]
+    assert not outputs[-1].isfinite().any()
+
+
+def test_a_loop_without_two_branches_is_told() -> None:
+    calls = BranchCalls(Transformer(), Axis("cfg", 2, 0, None, (0, 1)), {})
+    with pytest.raises(RuntimeError, match="neither with one branch nor with a batch of two"):
+        calls(torch.cat([X] * 3), text=TEXTS[0], more={"size": SIZE})
+    with pytest.raises(RuntimeError, match="neither with one branch"):
+        calls([X, X], text=TEXTS[0], more={"size": SIZE})
+    calls.end_step()
+    calls(X, text=TEXTS[0], more={"size": SIZE})
+    with pytest.raises(RuntimeError, match="one guidance branch in a step that was to have two"):
+        calls.end_step()

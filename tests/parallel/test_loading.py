@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -69,11 +69,13 @@ def write(folder: Path, tensors: dict[str, Tensor], name: str = "model.safetenso
     return folder
 
 
-def loaded(folder: Path, axis: Axis, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Report]:
+def loaded(
+    folder: Path, axis: Axis, dtype: torch.dtype = torch.float32, kept: Collection[str] = ()
+) -> tuple[nn.Module, Report]:
     with init_empty_weights(include_buffers=True):
         module = Zoo()
     shard(module, PLAN, CONFIG, axis)
-    return module, load(module, read_headers(find_weights(folder), str), PLAN, CONFIG, axis, CPU, dtype)
+    return module, load(module, read_headers(find_weights(folder), str), PLAN, CONFIG, axis, CPU, dtype, kept)
 
 
 def units(whole: Tensor, dim: int, size: int, wanted: list[int | None]) -> Tensor:
@@ -118,6 +120,15 @@ def test_slices_are_slices_of_the_whole(size: int, rank: int, tmp_path: Path) ->
     other = expected_on((rank + 1) % size, size, whole)  # a fault is seen, in every part that is cut
     same = {name for name in expected if torch.equal(state[name], other[name])}
     assert same <= {"norm.weight", "norm.bias", "steps", "to_out.bias", "down.bias", "to_k.weight", "to_k.bias"}
+
+
+@pytest.mark.parametrize("axis", [Axis("tp"), Axis("tp", 2, 1)])
+def test_what_a_class_keeps_stays_exact(axis: Axis, tmp_path: Path) -> None:
+    folder = write(tmp_path, weights())
+    exact, rounded = (loaded(folder, axis, dtype)[0].state_dict() for dtype in (torch.float32, torch.bfloat16))
+    for name, x in loaded(folder, axis, torch.bfloat16, {"norm", "to_q", "own"})[0].state_dict().items():
+        assert torch.equal(x, (exact if name.startswith(("norm.", "to_q.")) else rounded)[name]), name
+        assert x.dtype == (exact if name.startswith(("norm.", "to_q.")) else rounded)[name].dtype  # not "down"
 
 
 @pytest.mark.parametrize(("stored", "wanted"), product([torch.float32, torch.bfloat16, torch.float16], repeat=2))

@@ -19,6 +19,7 @@ from darkroom.parallel.plan import (
     KeyValueGroups,
     LocalHeads,
     LocalWidth,
+    NormAcross,
     Part,
     Plan,
     Rowwise,
@@ -241,13 +242,17 @@ def test_embeddings_are_cut_by_feature() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
-def test_biases_go_with_their_heads(size: int) -> None:
+def test_biases_and_norms_go_with_their_heads(size: int) -> None:
     """The columns of a rank are those of the heads that `Colwise` gives it; heads of zeros have none."""
-    table, numbers = torch.randn(8, 5), config(5)
-    for rank, cut in enumerate(cuts(HeadBias(PLAIN), "weight", (8, 5), size, numbers)):
+    table, weight, numbers = torch.randn(8, 5), torch.randn(20), config(5)
+    columns = cuts(HeadBias(PLAIN), "weight", (8, 5), size, numbers)
+    parts = cuts(NormAcross(PLAIN), "weight", (20,), size, numbers)
+    for rank, (column, part) in enumerate(zip(columns, parts, strict=True)):
         mine = head_layout(PLAIN, numbers, size, rank)[0]
-        columns = [torch.zeros(8) if head is None else table[:, head] for head in mine]
-        assert torch.equal(take(table, cut), torch.stack(columns, 1))
+        wanted = [torch.zeros(8) if head is None else table[:, head] for head in mine]
+        assert torch.equal(take(table, column), torch.stack(wanted, 1))
+        features = [torch.zeros(4) if head is None else weight[4 * head : 4 * head + 4] for head in mine]
+        assert torch.equal(take(weight, part), torch.cat(features))
 
 
 def test_what_is_not_cut_has_no_cut() -> None:

@@ -27,12 +27,14 @@ from darkroom.parallel.plan import (
     KeyValueGroups,
     LocalHeads,
     LocalWidth,
+    NormAcross,
     Part,
     Plan,
     Rowwise,
     cut_parameter,
 )
-from darkroom.parallel.tensor import shard
+from darkroom.parallel.tensor import _norm_across, shard
+from tests.faults import norms_are_of_a_rank_alone
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5
@@ -122,6 +124,37 @@ class Embedding(nn.Module):
         return y
 
 
+class Biased(nn.Module):
+    """5 heads with a norm across all of them, and a bias for each by distance: what has no heads of its own."""
+
+    config: dict[str, Any] = {"heads": 5}  # noqa: RUF012 - of a test
+    heads = Heads("heads")
+    plan = Plan(
+        tensor={
+            "": LocalHeads(heads, "heads"),
+            "to_v": Colwise(heads),
+            "norm": NormAcross(heads),
+            "bias": HeadBias(heads),
+            "to_out": Rowwise(heads),
+        }
+    )
+
+    def __init__(self, eps: float | None = 0.1) -> None:
+        super().__init__()
+        self.heads = 5
+        self.to_v, self.to_out = nn.Linear(6, 5 * HEAD_DIM), nn.Linear(5 * HEAD_DIM, 6)
+        self.norm = nn.RMSNorm(5 * HEAD_DIM, eps=eps)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        self.bias = nn.Embedding(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        bias = self.bias((places[:, None] - places).abs()).permute(2, 0, 1)  # [heads, queries, keys]
+        values = self.norm(self.to_v(x)).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        y: Tensor = self.to_out((bias.softmax(-1) @ values).transpose(1, 2).flatten(2))
+        return y
+
+
 class Attention(nn.Module):
     """Grouped-query attention, written as the borrowed classes write it: heads are counted from what came out."""
 
@@ -165,29 +198,13 @@ class Attention(nn.Module):
         return x
 
 
-class Biased(nn.Module):
-    """5 heads of one feature, each weighed by a bias of its own: nothing is gathered."""
-
-    config: dict[str, Any] = {"heads": 5}  # noqa: RUF012 - of a test
-    heads = Heads("heads")
-    plan = Plan(tensor={"to_v": Colwise(heads), "bias": HeadBias(heads), "to_out": Rowwise(heads)})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_v, self.to_out = nn.Linear(6, 5), nn.Linear(5, 6)
-        self.bias = nn.Embedding(11, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.to_out(self.to_v(x) * self.bias((x[..., 0].abs() * 3).long()))
-        return y
-
-
 MODULES: dict[str, Callable[[], Any]] = {
     "mlp": MLP,
     "modulation": Modulation,
     "embedding": Embedding,
     "fused": Fused,
     "biased": Biased,
+    "biased, no eps": lambda: Biased(None),
     "5 heads": lambda: Attention(5, 5),
     "1 head": lambda: Attention(1, 1),
     "8 heads in 4 groups": lambda: Attention(8, 4),
@@ -256,6 +273,8 @@ def run_modules(rank: int, size: int, folder: Path) -> dict[str, float]:
     with sums_are_not_taken():
         worst["fault: no sum"] = difference("5 heads")
         worst["fault: no sum of parts"] = difference("fused")
+    with norms_are_of_a_rank_alone():
+        worst["fault: a norm alone"] = difference("biased")
     return worst
 
 
@@ -264,9 +283,9 @@ def test_cut_layers_are_the_whole_ones(size: int, tmp_path: Path) -> None:
     for name in MODULES:
         saved(tmp_path, name)
     for worst in run_ranks(run_modules, size, tmp_path):
-        assert len(worst) == len(MODULES) + 3
+        assert len(worst) == len(MODULES) + 4
         wrong = {name for name, value in worst.items() if not value <= TOLERANCE}
-        assert wrong == {"fault: the bias on every rank", "fault: no sum", "fault: no sum of parts"}
+        assert wrong == {name for name in worst if name.startswith("fault")}
 
 
 def test_every_rank_holds_its_share_in_shapes_that_are_equal(tmp_path: Path) -> None:
@@ -301,6 +320,15 @@ def test_attributes_follow_what_is_held(tmp_path: Path) -> None:
         assert module.proj_mlp.weight.shape == (2 * module.mlp_width, 6)
         assert module.proj_out.weight.shape == (6, module.attention.heads * HEAD_DIM + module.mlp_width)
     assert held == [(3, 7), (2, 5), (2, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_a_norm_rounds_as_torch_does(dtype: torch.dtype, eps: float | None) -> None:
+    norm = made("biased").norm.to(dtype)
+    norm.eps = eps
+    x = (inputs().repeat(1, 1, 4)[..., :20] / 10).to(dtype)
+    assert torch.allclose(_norm_across(norm, 20, Axis("tp"), x), norm(x), rtol=1e-6 if dtype == torch.float32 else 0)
 
 
 def test_one_rank_is_left_as_it_is() -> None:

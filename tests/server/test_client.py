@@ -7,8 +7,9 @@ from typing import NoReturn
 
 import pytest
 
+from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request
-from darkroom.engine.messages import Finished, Preview, Progress, Status
+from darkroom.engine.messages import Failed, Finished, Preview, Progress, Refusal, Status
 from darkroom.server.client import EngineClient, EngineError, interleave
 
 from .engine import ScriptedEngine, failing, slow, wait_until
@@ -80,6 +81,19 @@ def test_ids_are_unique_and_answers_reach_their_own_caller(engine):
 
     run(engine, test)
     assert len({message.id for message in engine.requests}) == 20
+
+
+def test_what_the_workers_find_wrong_with_a_request_is_its_own_fault(engine):
+    refusal = Refusal(message="'image' is broken", param="image", code="invalid_value")
+    engine.script = lambda message: iter([Failed(id=message.id, error="RequestError: ...", refusal=refusal)])
+
+    async def test(client):
+        with pytest.raises(RequestError, match="'image' is broken") as caught:
+            await first_event(client)
+        assert (caught.value.param, caught.value.code) == ("image", "invalid_value")
+
+    run(engine, test)
+    assert engine.cancelled == []
 
 
 @pytest.mark.parametrize("reason", ["internal", "unavailable", "busy"])

@@ -1,0 +1,85 @@
+"""The causal VAE of Qwen-Image and of Wan: frames through convolutions that see those before them, in a cache.
+
+Its two classes in diffusers differ in names and in what stands around the layers, and work alike.
+"""
+
+# B batch, C latent channels, f latent frames, h w latent rows and columns; F H W the same of a video
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from darkroom.parallel.plan import Plan
+
+from .base import Component, Model
+
+if TYPE_CHECKING:
+    import torch
+
+    from darkroom.parallel.spatial import Tiling
+
+    from .base import Decode
+
+
+def vae(module: str, name: str) -> Component:
+    """The component of either class."""
+    return Component(
+        module=f"diffusers.models.autoencoders.{module}",
+        name=name,
+        plan=Plan(spatial="decoder", whole_rows=("decoder.mid_block.attentions.*",)),
+        ranks="vae",
+    )
+
+
+def decode_latents(
+    model: Model, latents: torch.Tensor, finish: Decode | None = None, **first: Any
+) -> torch.Tensor | None:
+    """Normalised latents [B, C, f, h, w] -> [B, 3, F, H, W] on the output rank, None elsewhere.
+
+    `finish`: what the class does to tiles once they are one. `first`: what it tells its decoder with the first frame.
+    """
+    z = latents.to(model.vae.dtype)
+    mean, std = statistics(model.vae, z)
+    z = z / (1.0 / std) + mean  # in bfloat16 every other order rounds to another picture than stock's
+    return model.spread_decode(
+        z, lambda x: model.vae.decode(x, return_dict=False)[0], lambda x: _decode_tile(model.vae, x, first), finish
+    )
+
+
+def statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents, by channel: [1, C, 1, 1, 1] each"""
+    import torch
+
+    config = vae.config
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1).to(like) for x in (config.latents_mean, config.latents_std))
+    return mean, std
+
+
+def tiling(vae: Any) -> Tiling:
+    """In pixels of what the decoder returns, of which some classes unfold each only afterwards."""
+    from darkroom.parallel.spatial import Tiling
+
+    patch = _patch(vae)
+    return Tiling(
+        tile=(vae.tile_sample_min_height // patch, vae.tile_sample_min_width // patch),
+        stride=(vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch),
+        scale=vae.spatial_compression_ratio // patch,
+    )
+
+
+def _patch(vae: Any) -> int:
+    """How many pixels, along either edge, the class folds into the channels of one."""
+    return vae.config.get("patch_size") or 1
+
+
+def _decode_tile(vae: Any, z: torch.Tensor, first: Mapping[str, Any]) -> torch.Tensor:
+    """One tile, frame by frame as the stock tiled decode does it, not clamped: [B, C, f, h, w] -> [B, 3, F, H, W]"""
+    import torch
+
+    vae.clear_cache()
+    frames = [
+        vae.decoder(vae.post_quant_conv(frame), feat_cache=vae._feat_map, feat_idx=[0], **({} if number else first))
+        for number, frame in enumerate(z.split(1, 2))
+    ]
+    return torch.cat(frames, 2)

@@ -1,0 +1,229 @@
+"""Wan 2.1 and 2.2: text to video with one transformer, or two that share the steps (https://arxiv.org/abs/2503.20314)."""
+
+# B batch, F frames, H W rows and columns; C f h w the same of latents; S tokens (a 1x2x2 patch of latents each)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.errors import ConfigError
+from darkroom.configs.request import Request
+from darkroom.parallel.plan import (
+    Colwise,
+    Heads,
+    LocalHeads,
+    NormAcross,
+    Plan,
+    Rowwise,
+    SequenceParallelInput,
+    SequenceParallelOutput,
+)
+
+from .autoencoder_causal import decode_latents, tiling, vae
+from .base import Component, Model, Sample, noise_generator
+from .text_encoders import UMT5
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from darkroom.parallel.spatial import Tiling
+
+_ATTENTION = ("blocks.*.attn1", "blocks.*.attn2")  # over the video, and from the video to the text
+_HEADS = Heads("num_attention_heads")
+_ROPE = SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True)
+
+TRANSFORMER = Component(
+    module="diffusers.models.transformers.transformer_wan",
+    name="WanTransformer3DModel",
+    plan=Plan(
+        tensor={
+            **{f"{attn}.to_{name}": Colwise(_HEADS) for attn in _ATTENTION for name in "qkv"},
+            **{f"{attn}.norm_{name}": NormAcross(_HEADS) for attn in _ATTENTION for name in "qk"},
+            **{f"{attn}.to_out.0": Rowwise(_HEADS) for attn in _ATTENTION},
+            **{attn: LocalHeads(_HEADS, "heads") for attn in _ATTENTION},
+            "blocks.*.ffn.net.0.proj": Colwise(),
+            "blocks.*.ffn.net.2": Rowwise(),
+        },
+        sequence={
+            "": {"timestep": SequenceParallelInput(split_dim=1, expected_dims=2)},  # where every token has its own
+            "rope": {0: _ROPE, 1: _ROPE},
+            "blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3, stream=True)},
+            "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+        },
+        attention=("blocks.*.attn1",),  # every rank holds the whole text
+    ),
+    ranks="tp",
+)
+
+
+@dataclass(kw_only=True)
+class WanSample(Sample):
+    high_noise_steps: int
+    """How many of the steps, the first ones, are `transformer`'s; the others are `transformer_2`'s."""
+
+
+class Wan(Model):
+    pipelines = ("WanPipeline",)
+    capabilities = Capabilities(
+        family="Wan",
+        tasks=("text-to-video",),
+        size_multiple=16,
+        min_edge=64,
+        max_pixels=1920 * 1088,
+        default_size=(832, 480),
+        num_inference_steps=50,
+        min_inference_steps=1,
+        max_inference_steps=200,
+        quality_steps={"low": 20, "medium": 35, "high": 50},
+        guidance_parameter="guidance_scale",
+        guidance_scale=5.0,
+        max_guidance=100.0,
+        negative_prompt="",
+        max_sequence_length=512,
+        text_window=512,
+        guidance_branches=2,
+        num_frames=81,
+        frame_multiple=4,
+        max_frames=241,
+        fps=16,
+        axes=("cfg", "ring", "ulysses", "tp", "vae"),
+    )
+    components: ClassVar = {
+        "transformer": TRANSFORMER,
+        "transformer_2": TRANSFORMER,
+        "text_encoder": UMT5,
+        "vae": vae("autoencoder_kl_wan", "AutoencoderKLWan"),
+    }
+    files = (
+        (("scheduler/scheduler_config.json",),),
+        (("tokenizer/tokenizer.json",), ("tokenizer/spiece.model",)),
+    )
+    optional = ("transformer", "transformer_2")  # 2.1 has no second; a boundary of one end leaves only one of them
+
+    @classmethod
+    def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """A token's size in pixels and frames; and what 2.2's model cards say, which its index tells from 2.1."""
+        boundary = index.get("boundary_ratio")
+        needed = {"transformer": boundary is None or boundary < 1, "transformer_2": bool(boundary)}
+        if missing := [name for name, is_needed in needed.items() if is_needed and name not in configs]:
+            raise ConfigError(f"model_index.json names no {missing[0]}, and its boundary_ratio of {boundary} needs one")
+        transformer = configs.get("transformer") or configs["transformer_2"]
+        patch = transformer.get("patch_size", (1, 2, 2))[-1]
+        described = {
+            "size_multiple": configs["vae"].get("scale_factor_spatial", 8) * patch,
+            "frame_multiple": configs["vae"].get("scale_factor_temporal", 4),
+        }
+        if index.get("expand_timesteps"):
+            return {**described, "default_size": (1280, 704), "num_frames": 121, "fps": 24}
+        if boundary is not None:
+            steps = {"num_inference_steps": 40, "quality_steps": {"low": 20, "medium": 30, "high": 40}}
+            scales = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
+            return {**described, **steps, **scales, "default_size": (1280, 720)}
+        return described
+
+    def tiling(self) -> Tiling:
+        return tiling(self.vae)
+
+    def prepare(self, request: Request) -> Sample:
+        scheduler = self.new_scheduler()
+        scheduler.set_timesteps(request.num_inference_steps, device=self.device)
+        scheduler.set_begin_index(0)
+        latents = self._noise(request)
+        return WanSample(
+            request=request,
+            latents=latents,
+            scheduler=scheduler,
+            branches=[self._encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)],
+            text_tokens=min(len(self.pipe.tokenizer(request.prompt).input_ids), request.max_sequence_length),
+            image_tokens=latents[0, 0].numel() // math.prod(self._transformers[0].config.patch_size),
+            high_noise_steps=self._high_noise_steps(scheduler),
+        )
+
+    def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
+        """Padded with zeros to the window, and never masked."""
+        embeds, _ = self.pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=self.device
+        )
+        return {"encoder_hidden_states": embeds.to(self._transformers[0].dtype)}
+
+    def _noise(self, request: Request) -> torch.Tensor:
+        """[1, C, f, h, w] in fp32, which the latents stay in whatever the model computes in."""
+        import torch
+
+        noise: torch.Tensor = self.pipe.prepare_latents(
+            1,
+            self._transformers[0].config.in_channels,
+            request.height,
+            request.width,
+            request.num_frames,
+            torch.float32,
+            self.device,
+            noise_generator(request),
+        )
+        return noise
+
+    @property
+    def _transformers(self) -> list[Any]:
+        return [part for part in (self.pipe.transformer, self.pipe.transformer_2) if part is not None]
+
+    def _high_noise_steps(self, scheduler: Any) -> int:
+        """Counted once for a request: to compare a timestep in a step would make Python wait for the GPU."""
+        boundary = self.pipe.config.boundary_ratio
+        if boundary is None:
+            return len(scheduler.timesteps)
+        return int((scheduler.timesteps >= boundary * scheduler.config.num_train_timesteps).sum())
+
+    def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
+        """[B, C, f, h, w]"""
+        import torch
+
+        if len({(_is_high_noise(sample), sample.request.max_sequence_length) for sample in samples}) > 1:
+            return torch.cat([self.predict([sample], branch) for sample in samples])
+        transformer = self.pipe.transformer if _is_high_noise(samples[0]) else self.pipe.transformer_2
+        timestep = torch.stack([sample.timestep for sample in samples])
+        if self.pipe.config.expand_timesteps:  # one for every token
+            timestep = timestep.float()[:, None].expand(-1, samples[0].image_tokens)
+        prediction: torch.Tensor = transformer(
+            hidden_states=torch.cat([sample.latents for sample in samples]).to(transformer.dtype),
+            timestep=timestep,
+            encoder_hidden_states=torch.cat([sample.branches[branch]["encoder_hidden_states"] for sample in samples]),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len(predictions) == 1:
+            return predictions[0]
+        cond, uncond = predictions
+        scale = sample.request.guidance_scale
+        if not _is_high_noise(sample) and sample.request.guidance_scale_2 is not None:
+            scale = sample.request.guidance_scale_2
+        return uncond + scale * (cond - uncond)
+
+    def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """-> videos [B, 3, F, H, W]"""
+        import torch
+
+        return decode_latents(self, torch.cat(list(latents)), self._finish, first_chunk=True)
+
+    def _finish(self, tiles: torch.Tensor) -> torch.Tensor:
+        """What the decoder returns -> pixels in [-1, 1]"""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        pixels: torch.Tensor = unpatchify(tiles, self.vae.config.patch_size or 1)
+        return pixels.clamp(-1.0, 1.0)
+
+    def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
+        """The frames of one video [1, 3, F, H, W]."""
+        [frames] = self.pipe.video_processor.postprocess_video(decoded, output_type="pil")
+        return list(frames)
+
+
+def _is_high_noise(sample: Sample) -> bool:
+    assert isinstance(sample, WanSample)
+    return sample.step < sample.high_noise_steps

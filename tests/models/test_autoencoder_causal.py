@@ -1,0 +1,53 @@
+"""Latents to pictures and videos by the causal VAEs, against their own decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from darkroom.configs import ParallelConfig
+from darkroom.models.autoencoder_causal import decode_latents, statistics, tiling
+from tests.golden import worker
+
+
+@pytest.mark.parametrize(("name", "frames"), [("qwen_image_4_heads", 1), ("wan_2_1_4_heads", 3), ("wan_2_2_small", 2)])
+@pytest.mark.parametrize("size", [(6, 8), (34, 40)])  # one tile, and several that end unevenly
+def test_a_decode_is_the_stock_tiled_one(
+    size: tuple[int, int], name: str, frames: int, checkpoints: dict[str, Path]
+) -> None:
+    latents = torch.randn(1, 16, frames, *size, generator=torch.Generator().manual_seed(0))
+    with worker(checkpoints[name], ParallelConfig(vae_use_tiling=True)) as one:
+        model, vae = one.model, one.model.vae
+        first = {} if name.startswith("qwen") else {"first_chunk": True}
+        decoded = decode_latents(model, latents, getattr(model, "_finish", None), **first)
+        mean, std = statistics(vae, latents)
+        vae.enable_tiling()
+        wanted = vae.decode(latents / (1.0 / std) + mean).sample
+        unscaled = vae.decode(latents).sample
+    assert decoded is not None
+    assert torch.equal(decoded, wanted)
+    assert not torch.equal(decoded, unscaled)  # a fault is seen
+
+
+@pytest.mark.parametrize(
+    ("name", "tile", "stride", "scale"),
+    [("qwen_image_4_heads", 256, 192, 8), ("wan_2_1_4_heads", 256, 192, 8), ("wan_2_2_small", 128, 96, 8)],
+)
+def test_tiles_are_of_the_sizes_of_the_vae(
+    name: str, tile: int, stride: int, scale: int, checkpoints: dict[str, Path]
+) -> None:
+    """In the pixels that the decoder returns, each of which the small model's VAE makes 2x2 of."""
+    with worker(checkpoints[name], ParallelConfig()) as one:
+        tiles = tiling(one.model.vae)
+    assert (tiles.tile, tiles.stride, tiles.scale) == ((tile, tile), (stride, stride), scale)
+
+
+def test_a_rank_without_the_vae_decodes_nothing(checkpoints: dict[str, Path]) -> None:
+    with (
+        worker(checkpoints["qwen_image_4_heads"], ParallelConfig()) as one,
+        patch.object(one.model, "patches", None),
+    ):
+        assert decode_latents(one.model, torch.zeros(1, 16, 1, 4, 4)) is None
