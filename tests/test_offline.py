@@ -80,6 +80,13 @@ def test_what_the_model_cannot_take(values: dict[str, int], param: str, darkroom
         darkroom.generate("")
 
 
+def test_a_picture_that_is_cut_off(darkroom: Darkroom) -> None:
+    broken = SamplingParams(images=(golden.picture_file(128, 128)[:-300],))
+    with pytest.raises(RequestError, match="cannot be decoded") as caught:
+        darkroom.generate("a cat", broken)
+    assert caught.value.param == "image"
+
+
 def test_a_failure_of_the_engine_is_no_fault_of_the_request(darkroom: Darkroom) -> None:
     huge = golden.request(width=2**20, height=2**20)  # never let through by `generate`
     with pytest.raises(GenerationError):

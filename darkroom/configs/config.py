@@ -46,6 +46,9 @@ class EngineConfig(ParallelConfig):
     attention_backend: AttentionBackend = Field("auto", description="a kernel by diffusers' name")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
     max_queue: int = Field(256, ge=1, description="pictures that may wait; the next one is answered 429")
+    max_queue_mb: int = Field(
+        1024, ge=1, description="MiB of pictures sent in that may wait with them; the next one is answered 429"
+    )
     step_timeout: float = Field(
         600.0, gt=0, le=86_400, description="seconds after which a worker that does not answer is taken for hung"
     )

@@ -81,6 +81,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """How many previews are decoded on the way."""
 
     @property
+    def num_bytes(self) -> int:
+        """Of the pictures that came with the request."""
+        return sum(len(image) for image in self.images) + len(self.mask or b"")
+
+    @property
     def first_step(self) -> int:
         """The step of the schedule at which the picture's noise fits `strength`, as diffusers' pipelines round it."""
         steps = self.num_inference_steps

@@ -50,7 +50,7 @@ class Engine:
         self.socket.set_hwm(0)  # the default drops replies silently; the scheduler bounds the queue
         self.socket.bind(engine_address(run_dir))
         self.workers = WorkerGroup(config, self.context, run_dir)
-        self.scheduler = Scheduler(max_waiting=config.max_queue)
+        self.scheduler = Scheduler(max_waiting=config.max_queue, max_waiting_bytes=config.max_queue_mb << 20)
         self.peers: set[bytes] = set()
         self.senders: dict[str, bytes] = {}
         """Who asked for which request."""

@@ -56,9 +56,12 @@ class Job:
 
 
 class Scheduler:
-    def __init__(self, *, max_running: int = 4, max_waiting: int = 256) -> None:
+    def __init__(
+        self, *, max_running: int = 4, max_waiting: int = 256, max_waiting_bytes: int = 1024 * 1024 * 1024
+    ) -> None:
         self.max_running = max_running
         self.max_waiting = max_waiting
+        self.max_waiting_bytes = max_waiting_bytes
         self.waiting: OrderedDict[str, tuple[Request, float]] = OrderedDict()
         self.running: OrderedDict[str, Job] = OrderedDict()
         self.encoding: dict[str, Job] = {}
@@ -68,8 +71,14 @@ class Scheduler:
     def add(self, message: Generate, now: float) -> Failed | None:
         if len(self.waiting) >= self.max_waiting:
             return Failed(id=message.id, error=f"{self.max_waiting} requests are waiting already", reason="busy")
+        num_bytes = message.request.num_bytes
+        if num_bytes and self.waiting and self._waiting_bytes() + num_bytes > self.max_waiting_bytes:
+            return Failed(id=message.id, error="the pictures that wait take all the room", reason="busy")
         self.waiting[message.id] = (message.request, now)
         return None
+
+    def _waiting_bytes(self) -> int:
+        return sum(request.num_bytes for request, _ in self.waiting.values())
 
     def cancel(self, message: Cancel) -> None:
         self.waiting.pop(message.id, None)

@@ -65,6 +65,7 @@ class ImageRequest(BaseModel):
     num_inference_steps: Integer | None = Field(None, description="denoising steps")
     true_cfg_scale: float | None = Field(None, description="strength of classifier-free guidance")
     guidance_scale: float | None = Field(None, description="the guidance input of guidance-distilled models")
+    guidance_scale_2: float | None = Field(None, description="the same for the second transformer of models with two")
     strength: float | None = Field(None, description="how far a picture is taken back to noise, above 0 to 1")
     layers: Integer | None = Field(None, description="how many layers a picture is taken apart into")
     seed: Integer | None = Field(None, description="64 bits; the same seed gives the same picture; else random")
@@ -106,6 +107,7 @@ class ImageRequest(BaseModel):
             num_inference_steps=self.num_inference_steps,
             true_cfg_scale=self.true_cfg_scale,
             guidance_scale=self.guidance_scale,
+            guidance_scale_2=self.guidance_scale_2,
             max_sequence_length=self.max_sequence_length,
             strength=self.strength,
             layers=self.layers,

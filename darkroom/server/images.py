@@ -69,7 +69,7 @@ async def edit_image(http: HttpRequest, context: Shared) -> Response:
     match media_type(http):
         case "multipart/form-data":
             form = await read_form(http, FILES, context.limits)
-            pictures = from_form(form)
+            pictures = await asyncio.to_thread(from_form, form)
             asked = EditRequest.read(form.values, is_form=True)
         case "application/json":
             asked = EditRequest.read(await read_json(http, context.limits.max_upload_mb << 20))
@@ -89,7 +89,7 @@ async def create_variation(http: HttpRequest, context: Shared) -> Response:
     if media_type(http) != "multipart/form-data":
         raise unsupported(http, "'multipart/form-data'")
     form = await read_form(http, FILES, context.limits)
-    pictures = from_form(form)
+    pictures = await asyncio.to_thread(from_form, form)
     if pictures.mask is not None:
         message = "Unknown parameter: 'mask'. POST /v1/images/edits takes one."
         raise RequestError(message, param="mask", code="unknown_parameter")

@@ -17,10 +17,8 @@ from .body import validate
 from .errors import ApiError
 from .form import Form
 
-FILES = ("image", "mask", "mask_image", "markup")
-"""A form's fields that are pictures."""
-URLS = ("url", "image_url")
-"""A form's fields that name pictures."""
+FILES = ("image", "url", "mask", "mask_image", "markup")
+"""A form's fields that are pictures, or as large."""
 _MAX_URL = 20 * 1024 * 1024
 
 
@@ -47,10 +45,11 @@ class Reference(BaseModel):
 
 
 def from_form(form: Form) -> Pictures:
-    """Takes the pictures' fields out of the form. Raises `RequestError`."""
+    """Raises `RequestError`."""
     if "markup" in form.files:
         raise RequestError("'markup' is not supported: use 'mask' to say where to draw.", param="markup")
-    images = [*form.files.get("image", ()), *(picture_at(url, "image") for url in _urls(form))]
+    urls = [data.decode("ascii", "replace") for data in form.files.get("url", ())]
+    images = [*form.files.get("image", ()), *(picture_at(url, "url") for url in urls)]
     masks = {*form.files.get("mask", ()), *form.files.get("mask_image", ())}
     if not images:
         raise RequestError("Missing required parameter: 'image'.", param="image", code="missing_required_parameter")
@@ -99,16 +98,6 @@ def _referenced(reference: dict[str, Any], param: str) -> bytes:
     if found.image_url is None:
         raise RequestError(f"In '{param}': expected an 'image_url'.", param=param, code="missing_required_parameter")
     return picture_at(found.image_url, param)
-
-
-def _urls(form: Form) -> list[str]:
-    found: list[str] = []
-    for name in URLS:
-        urls = form.values.pop(name, [])
-        found += urls if isinstance(urls, list) else [urls]
-    if not all(isinstance(url, str) for url in found):
-        raise RequestError("'url' should be text.", param="url", code="invalid_type")
-    return found
 
 
 def _check(data: bytes, param: str, limits: Limits) -> None:

@@ -36,6 +36,7 @@ ENGINE_FLAGS = [
     ("--attention-backend", "_native_math", "attention_backend", "_native_math"),
     ("--log-level", "debug", "log_level", "debug"),
     ("--max-queue", "7", "max_queue", 7),
+    ("--max-queue-mb", "7", "max_queue_mb", 7),
     ("--step-timeout", "2.5", "step_timeout", 2.5),
 ]
 SERVE_FLAGS = [

@@ -349,6 +349,19 @@ def test_a_model_that_cannot_be_loaded_fails_what_waits() -> None:
     assert scheduler.next(0.0) is None
 
 
+def test_the_queue_is_bounded_by_the_pictures_that_wait_with_it() -> None:
+    def with_pictures(id: str, num_bytes: int) -> Generate:
+        return Generate(id=id, request=request(images=(bytes(num_bytes - 1),), mask=b"x"))
+
+    scheduler = Scheduler(max_waiting_bytes=100)
+    assert scheduler.add(with_pictures("a", 101), now=0.0) is None  # alone, it is as much as one request may have
+    refused = scheduler.add(with_pictures("b", 2), now=0.0)
+    assert refused == Failed(id="b", error="the pictures that wait take all the room", reason="busy")
+    assert scheduler.add(generate("c"), now=0.0) is None
+    finish(scheduler, until(scheduler, Prepare))
+    assert scheduler.add(with_pictures("d", 100), now=0.0) is None
+
+
 def test_the_queue_is_bounded() -> None:
     scheduler = filled(generate("a"), generate("b"), max_waiting=2)
     refused = scheduler.add(generate("c"), now=0.0)

@@ -11,7 +11,7 @@ from darkroom.configs import ParallelConfig
 from darkroom.engine.messages import Decode, Drop, Prepare, Prepared, Step
 from darkroom.engine.worker import Worker
 from darkroom.models.checkpoint import DEMO
-from tests.golden import generate, request, worker
+from tests.golden import generate, picture_file, request, worker
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,12 @@ def test_prepare_tells_the_facts(one: Worker) -> None:
     assert short == Prepared(num_steps=3, text_tokens=short.text_tokens, image_tokens=7 * 5)
     assert long == Prepared(num_steps=7, text_tokens=long.text_tokens, image_tokens=8 * 4)
     assert 0 < short.text_tokens < long.text_tokens
+
+
+def test_pictures_that_are_sent_in_are_counted(one: Worker) -> None:
+    over = request(task="image-to-image", images=(picture_file(112, 80),), strength=0.7)
+    [facts] = one.execute(Prepare(ids=("a",), requests=(over,)))
+    assert (facts.input_image_tokens, facts.image_tokens) == (7 * 5, 7 * 5)
 
 
 def test_steps_of_one_sample_leave_the_others(one: Worker) -> None:

@@ -23,6 +23,7 @@ from darkroom.engine.messages import (
     Ping,
     Preview,
     Progress,
+    Refusal,
     Status,
     decode_inbound,
     encode,
@@ -128,11 +129,11 @@ def slow(message: Generate) -> Iterator[Event | float]:
 
 
 def failing(
-    reason: str, *before: Event | float, error: str = "/secret/path.py: out of memory", param: str | None = None
+    reason: str, *before: Event | float, error: str = "/secret/path.py: out of memory", refusal: Refusal | None = None
 ) -> Script:
     def script(message: Generate) -> Iterator[Event | float]:
         yield from before
-        yield Failed(id=message.id, error=error, reason=reason, param=param)
+        yield Failed(id=message.id, error=error, reason=reason, refusal=refusal)
 
     return script
 

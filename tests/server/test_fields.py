@@ -89,7 +89,7 @@ REFUSED = [
     ({"output_path": "/etc/passwd"}, "output_path", UNKNOWN),
     ({"lora": "x"}, "lora", UNKNOWN),
     ({"flow_shift": 3.0}, "flow_shift", UNKNOWN),
-    ({"guidance_scale_2": 3.0}, "guidance_scale_2", UNKNOWN),
+    ({"guidance_scale_2": 3.0}, "guidance_scale_2", INVALID),
     ({"num_frames": 5}, "num_frames", UNKNOWN),
 ]
 REFUSED_BY_EDITS = [

@@ -11,7 +11,7 @@ import msgspec
 import openai
 import pytest
 
-from darkroom.engine.messages import Failed, Preview, Progress
+from darkroom.engine.messages import Failed, Preview, Progress, Refusal
 from darkroom.server.client import EngineError
 from darkroom.server.fields import GenerationRequest
 from tests.golden import picture_file
@@ -586,7 +586,8 @@ def test_variations_take_no_json(over):
 
 
 def test_what_the_workers_alone_can_see_is_400(over, engine):
-    engine.script = failing("invalid", error="'image' cannot be decoded: the file is broken.", param="image")
+    refusal = Refusal(message="'image' cannot be decoded: the file is broken.", param="image", code=INVALID)
+    engine.script = failing("internal", refusal=refusal)
     response = over.post(EDITS, data={"prompt": "x"}, files={"image": PICTURE})
     assert "is broken" in refused(response, "image", INVALID)
 

@@ -148,7 +148,7 @@ def test_nothing_is_fetched_from_elsewhere(edit, engine, url):
         edit.post(EDITS, json={"prompt": "x", "images": [{"image_url": url}]}), "images"
     )
     response = edit.post(EDITS, data={"prompt": "x", "url": url}, files={"user": (None, "x")})
-    assert "fetches nothing" in refusal(response, "image")
+    assert "fetches nothing" in refusal(response, "url")
     assert engine.requests == []
 
 
@@ -189,6 +189,10 @@ def test_references_that_lead_nowhere(edit, engine, fields, param, code):
 
 
 def test_data_urls_in_a_form(edit, engine):
-    fields = {"prompt": "x", "url[]": [data_url(PICTURE), data_url(picture_file(64, 32))]}
-    assert edit.post(EDITS, data=fields, files={"user": (None, "x")}).status_code == 200
-    assert engine.requests[0].request.images == (PICTURE, picture_file(64, 32))
+    large = png(64, 32, chunk(b"teSt", bytes(1 << 20)))
+    fields = {"prompt": "x", "url[]": [data_url(PICTURE), data_url(large)]}
+    response = edit.post(EDITS, data=fields, files={"user": (None, "x")})
+    assert response.status_code == 200, response.text
+    assert engine.requests[0].request.images == (PICTURE, large)
+    for broken in ("data:image/png;base64,\u00e9", "data:image/png;base64,A", "data:,x"):
+        refusal(edit.post(EDITS, data={"prompt": "x", "url": broken}, files={"user": (None, "x")}), "url")
