@@ -52,6 +52,12 @@ class Component:
     """What the class's configuration holds whatever config.json says."""
     processor: Callable[[], Any] | None = None
     """Makes an attention processor, one for each module that attends, instead of the class's own."""
+    exact: tuple[str, ...] = ()
+    """Names in the paths of parameters that the class keeps in fp32: its `_keep_in_fp32_modules`."""
+
+    def exact_in(self, dtype: str) -> tuple[str, ...]:
+        """diffusers keeps them in fp32 beside any dtype, and transformers beside float16 alone."""
+        return self.exact if self.module.startswith("diffusers.") or dtype == "float16" else ()
 
     def rename(self, key: str) -> str | None:
         """A checkpoint's key -> the parameter's name, or None for what the class has no use for."""

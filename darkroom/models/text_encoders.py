@@ -128,6 +128,7 @@ T5 = Component(  # the encoder alone: the class around it has the embedding tabl
     ranks="world",
     prefixes={"encoder.": "", "shared.": "embed_tokens."},
     settings={"use_cache": False},  # which an encoder refuses, and config.json asks for
+    exact=("wo",),
 )
 
 UMT5 = replace(

@@ -58,6 +58,7 @@ TRANSFORMER = Component(
         attention=("blocks.*.attn1",),  # every rank holds the whole text
     ),
     ranks="tp",
+    exact=("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
 )
 
 
