@@ -155,7 +155,7 @@ class Model(ABC):
         self.device = device
         self.use_tiling = use_tiling
         self.patches = PatchDecoder(vae, self.components["vae"].plan, mesh.vae) if mesh.vae else None
-        tiling = self.tiling() if use_tiling else None
+        tiling = self.encode_tiling() if use_tiling else None
         self.pipe.vae = self.encoder = SharedEncoder(vae, mesh, device, self.vae.dtype, tiling)
 
     @classmethod
@@ -171,6 +171,10 @@ class Model(ABC):
     @abstractmethod
     def tiling(self) -> Tiling:
         """The tiles that the stock VAE works in where it is told to."""
+
+    def encode_tiling(self) -> Tiling:
+        """Those that it encodes in: for most VAEs of the same sizes."""
+        return self.tiling()
 
     @abstractmethod
     def prepare(self, request: Request) -> Sample:
