@@ -28,6 +28,7 @@ from darkroom.models.qwen_image_edit import QwenImageEdit, QwenImageEditPlus, Qw
 from darkroom.models.sd3 import StableDiffusion3
 from darkroom.models.vision_language import load_processor, mark_pictures
 from darkroom.models.wan import Wan
+from darkroom.models.wan_image_to_video import WanImageToVideo
 from darkroom.models.z_image import ZImage
 from tests import faults, tiny
 from tests.golden import TOLERANCE, picture_file, request, stock_pipeline
@@ -480,8 +481,10 @@ def video(prompt: str = "a red circle", **values: Any) -> Request:
 
 
 def run_wan(pipe: Any, request: Request, output_type: str) -> Any:
+    picture = {"image": opened(request.images[0])} if request.images else {}
     frames = pipe(
         **stock_options(request, output_type),
+        **picture,
         num_frames=request.num_frames,
         guidance_scale=request.guidance_scale,
         guidance_scale_2=request.guidance_scale_2,
@@ -490,16 +493,16 @@ def run_wan(pipe: Any, request: Request, output_type: str) -> Any:
     return frames[0] if output_type == "pil" else frames
 
 
-def videos(**values: Any) -> dict[str, Kind]:
+def videos(rows: int = 288, **values: Any) -> dict[str, Kind]:
     """What layouts are asked for of a model of videos, in sizes that all its checkpoints can make. The second of the
-    pair takes one step more: with two transformers, a batch is of both."""
+    pair takes one step more: with two transformers, a batch is of both. `rows`: of what is more than one tile."""
     size = {"width": 160, "height": 96, **values}
     pair = [
         video("a cat on the left", **size, num_inference_steps=3, guidance_scale_2=1.5, seed=3),
         video("three tiny yellow stars", **size, seed=4),
     ]
     one = [video("a red heart", **{**size, "height": 160}, num_frames=1, guidance_scale=1.0, seed=5)]
-    large = [video("a blue moon", **{**size, "width": 320, "height": 288}, num_inference_steps=1, seed=6)]
+    large = [video("a blue moon", **{**size, "width": 320, "height": rows}, num_inference_steps=1, seed=6)]
     return {
         "interleaved": Kind(requests=pair),
         "batched": Kind(requests=pair, batched=True),
@@ -535,6 +538,37 @@ WAN = Subject(
     trials=(*TRIALS, Trial(fault=faults.norms_are_of_a_rank_alone, cell={"tp": 2}, kinds=EVERY)),
 )
 
+
+def from_a_picture(prompt: str = "a red circle", **values: Any) -> Request:
+    """The window is what 2.1 always takes."""
+    given = {"task": "image-to-video", "images": (WIDE,), "max_sequence_length": 512}
+    return video(prompt, **{**given, **values})
+
+
+WAN_IMAGE_TO_VIDEO = Subject(
+    family=WanImageToVideo,
+    variants={
+        "2_1": lambda folder: tiny.wan_image_to_video(folder, heads=5),
+        "2_2_small": lambda folder: tiny.wan_image_to_video(folder, small=True),
+        "2_2": lambda folder: tiny.wan_image_to_video(folder, boundary=0.875),
+    },
+    pipeline=diffusers.WanImageToVideoPipeline,
+    run_stock=run_wan,
+    requests={
+        "5 frames": from_a_picture("a green star on a white background", seed=7),
+        "1 frame": from_a_picture("two orange squares", num_frames=1),
+        "9 frames, tall picture": from_a_picture("a cat", images=(TALL,), num_frames=9, width=64, height=96),
+        "one step": from_a_picture("a cat", guidance_scale=1.0, num_inference_steps=1),
+    },
+    kinds=videos(rows=64, task="image-to-video", images=(WIDE,)),  # a wide one: to encode 5 frames takes seconds
+    trials=(
+        *TRIALS,
+        Trial(fault=faults.norms_are_of_a_rank_alone, cell={"tp": 2}, kinds=EVERY),
+        ONE_PICTURE,
+    ),
+    subset=FEW,
+)
+
 SUBJECTS: dict[str, Subject] = {
     "qwen_image": QWEN_IMAGE,
     "qwen_image_edit": QWEN_IMAGE_EDIT,
@@ -546,5 +580,6 @@ SUBJECTS: dict[str, Subject] = {
     "ovis_image": OVIS_IMAGE,
     "sd3": SD3,
     "wan": WAN,
+    "wan_image_to_video": WAN_IMAGE_TO_VIDEO,
 }
 """By name; a variant's checkpoint is called `<subject>_<variant>`."""

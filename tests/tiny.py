@@ -31,9 +31,12 @@ from diffusers import (
 )
 from tokenizers import pre_tokenizers
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Gemma2Config,
     Gemma2Model,
     Qwen2_5_VLConfig,
@@ -480,9 +483,7 @@ def wan(
         "transformer_2": None if boundary is None else _wan_transformer(heads),
         "vae": _wan_vae(small),
         "text_encoder": _umt5(),
-        "scheduler": UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
-        ),
+        "scheduler": _unipc(),
     }
     settings = {"boundary_ratio": boundary, "expand_timesteps": small, "tokenizer": ["transformers", "T5TokenizerFast"]}
     _save(folder, "WanPipeline", parts, dtype, **settings)
@@ -491,7 +492,54 @@ def wan(
     return folder
 
 
-def _wan_transformer(heads: int) -> WanTransformer3DModel:
+def wan_image_to_video(folder: Path, *, heads: int = 4, boundary: float | None = None, small: bool = False) -> Path:
+    """A Wan pipeline that begins with a picture: as 2.1, which also reads it, or 2.2 as `wan` has it."""
+    torch.manual_seed(0)
+    reads = boundary is None and not small
+    variant: dict[str, Any] = {} if small else {"in_channels": 36, "out_channels": 16}
+    variant |= {"image_dim": 24, "added_kv_proj_dim": HEAD_DIM * heads} if reads else {}
+    parts = {
+        "transformer": _wan_transformer(heads, **variant),
+        "transformer_2": None if boundary is None else _wan_transformer(heads, **variant),
+        "vae": _wan_vae(small),
+        "text_encoder": _umt5(),
+        "scheduler": _unipc(),
+        "image_encoder": _clip_vision() if reads else None,
+        "image_processor": CLIPImageProcessorPil(**_CLIP_SIZES) if reads else None,
+    }
+    settings = {"boundary_ratio": boundary, "expand_timesteps": small, "tokenizer": ["transformers", "T5TokenizerFast"]}
+    _save(folder, "WanImageToVideoPipeline", parts, torch.float32, **settings)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))  # as the hub has it
+    shutil.rmtree(folder / "tokenizer")
+    _t5_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+_CLIP_SIZES: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+
+
+def _clip_vision() -> CLIPVisionModel:
+    """3 heads: 2 ranks do not divide them. Five tokens a picture."""
+    torch.manual_seed(3)
+    config = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=50,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=28,
+        patch_size=14,
+    )
+    return CLIPVisionModel(config)
+
+
+def _unipc() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+    )
+
+
+def _wan_transformer(heads: int, **variant: Any) -> WanTransformer3DModel:
     """Norms that weigh every feature differently: one that is cut wrongly is then seen."""
     transformer = WanTransformer3DModel(
         num_attention_heads=heads,
@@ -500,6 +548,7 @@ def _wan_transformer(heads: int) -> WanTransformer3DModel:
         freq_dim=32,
         ffn_dim=90,
         num_layers=2,
+        **variant,
     )
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():

@@ -7,6 +7,7 @@ from .qwen_image import QwenImage
 from .qwen_image_edit import QwenImageEdit, QwenImageEditPlus, QwenImageLayered
 from .sd3 import StableDiffusion3
 from .wan import Wan
+from .wan_image_to_video import WanImageToVideo
 from .z_image import ZImage
 
 FAMILIES: tuple[type[Model], ...] = (
@@ -20,6 +21,7 @@ FAMILIES: tuple[type[Model], ...] = (
     OvisImage,
     StableDiffusion3,
     Wan,
+    WanImageToVideo,
 )
 
 MODELS: dict[str, type[Model]] = {name: family for family in FAMILIES for name in family.pipelines}

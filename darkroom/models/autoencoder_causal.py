@@ -68,6 +68,20 @@ def tiling(vae: Any) -> Tiling:
     )
 
 
+def encode_tiling(vae: Any) -> Tiling:
+    """In pixels of the picture, which some classes fold first: they count tiles in what comes of that, but ask in
+    pixels whether to make any."""
+    from darkroom.parallel.spatial import Tiling
+
+    patch, least = _patch(vae), (vae.tile_sample_min_height, vae.tile_sample_min_width)
+    return Tiling(
+        tile=(least[0] * patch, least[1] * patch),
+        stride=(vae.tile_sample_stride_height * patch, vae.tile_sample_stride_width * patch),
+        scale=vae.spatial_compression_ratio,
+        above=least,
+    )
+
+
 def _patch(vae: Any) -> int:
     """How many pixels, along either edge, the class folds into the channels of one."""
     return vae.config.get("patch_size") or 1

@@ -53,6 +53,12 @@ class Component:
     """What the class's configuration holds whatever config.json says."""
     processor: Callable[[], Any] | None = None
     """Makes an attention processor, one for each module that attends, instead of the class's own."""
+    exact: tuple[str, ...] = ()
+    """Names in the paths of parameters that the class keeps in fp32: its `_keep_in_fp32_modules`."""
+
+    def exact_in(self, dtype: str) -> tuple[str, ...]:
+        """diffusers keeps them in fp32 beside any dtype, and transformers beside float16 alone."""
+        return self.exact if self.module.startswith("diffusers.") or dtype == "float16" else ()
 
     def rename(self, key: str) -> str | None:
         """A checkpoint's key -> the parameter's name, or None for what the class has no use for."""
@@ -155,7 +161,7 @@ class Model(ABC):
         self.device = device
         self.use_tiling = use_tiling
         self.patches = PatchDecoder(vae, self.components["vae"].plan, mesh.vae) if mesh.vae else None
-        tiling = self.tiling() if use_tiling else None
+        tiling = self.encode_tiling() if use_tiling else None
         self.pipe.vae = self.encoder = SharedEncoder(vae, mesh, device, self.vae.dtype, tiling)
 
     @classmethod
@@ -172,6 +178,10 @@ class Model(ABC):
     @abstractmethod
     def tiling(self) -> Tiling:
         """The tiles that the stock VAE works in where it is told to."""
+
+    def encode_tiling(self) -> Tiling:
+        """Those that it encodes in: for most VAEs of the same sizes."""
+        return self.tiling()
 
     @abstractmethod
     def prepare(self, request: Request) -> Sample:

@@ -85,7 +85,8 @@ def _component(checkpoint: Checkpoint, name: str, axis: Axis, device: torch.devi
     component, config = checkpoint.family.components[name], checkpoint.configs[name]
     module = _empty(component, checkpoint.folder / name, config).eval().requires_grad_(False)
     shard(module, component.plan, config, axis)
-    report = load(module, checkpoint.tensors(name), component.plan, config, axis, device, dtype, _kept(module, dtype))
+    exact = component.exact_in(str(dtype).removeprefix("torch."))
+    report = load(module, checkpoint.tensors(name), component.plan, config, axis, device, dtype, exact)
     module.to(device)  # buffers that are computed, not stored
     logger.debug("%s: read %d numbers, holds %d", name, report.elements_read, report.elements_held)
     return module
@@ -128,13 +129,6 @@ def use_processors(module: nn.Module, component: Component) -> None:
     if component.processor:
         attending: Any = module
         attending.set_attn_processor({name: component.processor() for name in attending.attn_processors})
-
-
-def _kept(module: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Names in the paths of parameters that the class keeps in fp32. diffusers always follows such a list, and
-    transformers for float16 alone."""
-    listed = isinstance(module, diffusers.ModelMixin) or dtype == torch.float16
-    return set(getattr(module, "_keep_in_fp32_modules", None) or ()) if listed else set()
 
 
 def _spread_attention(module: nn.Module, component: Component, config: EngineConfig, mesh: Mesh) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import EngineConfig
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.parallel import ParallelConfig
-from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, read_headers
+from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, is_exact, read_headers
 from darkroom.parallel.plan import Plan, lookup
 
 from . import MODELS, any_diffusers, hub
@@ -176,8 +176,10 @@ class Checkpoint:
             held = {}
             for name, component in self.components.items():
                 size, place = _share(component, config, rank)
-                plan, section = component.plan, self.configs[name]
-                held[name] = elements_per_rank(tensors[name], plan, section, size, place) * _BYTES[dtype] if size else 0
+                plan, section, exact = component.plan, self.configs[name], component.exact_in(dtype)
+                held[name] = 0
+                for width, part in _by_width(tensors[name], exact, _BYTES[dtype]) if size else ():
+                    held[name] += width * elements_per_rank(part, plan, section, size, place)
             ranks.append(held)
         return ranks
 
@@ -220,6 +222,12 @@ def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int
             return (1, 0) if rank < config.vae_size else (0, 0)
         case "all":
             return 1, 0
+
+
+def _by_width(tensors: Mapping[str, Stored], exact: Collection[str], width: int) -> list[tuple[int, dict[str, Stored]]]:
+    """(bytes of a number, the parameters of which each has so many): those that are kept in fp32, and the others."""
+    kept = {name: stored for name, stored in tensors.items() if is_exact(name, exact)}
+    return [(4, kept), (width, {name: stored for name, stored in tensors.items() if name not in kept})]
 
 
 def _local_folder(model: str) -> Path | None:

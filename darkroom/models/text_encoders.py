@@ -107,6 +107,24 @@ CLIP = Component(  # position_ids are counted by the class; transformers before 
     leave_out=("text_model.embeddings.position_ids",),
 )
 
+_VISION_LAYER = "encoder.layers.*"
+
+CLIP_VISION = Component(  # the class had its layers in `vision_model` until transformers 5
+    module="transformers.models.clip.modeling_clip",
+    name="CLIPVisionModel",
+    plan=Plan(
+        tensor={
+            **{f"{_VISION_LAYER}.self_attn.{name}_proj": Colwise(_CLIP_HEADS) for name in "qkv"},
+            f"{_VISION_LAYER}.self_attn.out_proj": Rowwise(_CLIP_HEADS),
+            f"{_VISION_LAYER}.mlp.fc1": Colwise(),
+            f"{_VISION_LAYER}.mlp.fc2": Rowwise(),
+        }
+    ),
+    ranks="world",
+    prefixes={"vision_model.": "", "": ""},
+    leave_out=("vision_model.embeddings.position_ids", "visual_projection."),
+)
+
 _T5_HEADS, _T5_LAYER = Heads("num_heads"), "block.*.layer"
 _T5_TENSOR: dict[str, TensorStyle] = {
     "embed_tokens": EmbeddingColumns(),
@@ -128,6 +146,7 @@ T5 = Component(  # the encoder alone: the class around it has the embedding tabl
     ranks="world",
     prefixes={"encoder.": "", "shared.": "embed_tokens."},
     settings={"use_cache": False},  # which an encoder refuses, and config.json asks for
+    exact=("wo",),
 )
 
 UMT5 = replace(

@@ -1,4 +1,7 @@
-"""Wan 2.1 and 2.2: text to video with one transformer, or two that share the steps (https://arxiv.org/abs/2503.20314)."""
+"""Wan 2.1 and 2.2: text to video with one transformer, or two that share the steps (https://arxiv.org/abs/2503.20314).
+
+2.2's small model also begins from a picture: the first frame's latents are the picture's, and their timestep is zero.
+"""
 
 # B batch, F frames, H W rows and columns; C f h w the same of latents; S tokens (a 1x2x2 patch of latents each)
 
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.errors import ConfigError
+from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
 from darkroom.parallel.plan import (
     Colwise,
@@ -23,7 +27,7 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
-from .autoencoder_causal import decode_latents, tiling, vae
+from .autoencoder_causal import decode_latents, encode_tiling, statistics, tiling, vae
 from .base import Component, Model, Sample, noise_generator
 from .text_encoders import UMT5
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from darkroom.parallel.spatial import Tiling
 
 _ATTENTION = ("blocks.*.attn1", "blocks.*.attn2")  # over the video, and from the video to the text
+_SEES = ("blocks.*.attn2.add_k_proj", "blocks.*.attn2.add_v_proj", "blocks.*.attn2.norm_added_k")  # and to a picture
 _HEADS = Heads("num_attention_heads")
 _ROPE = SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True)
 
@@ -46,6 +51,8 @@ TRANSFORMER = Component(
             **{f"{attn}.norm_{name}": NormAcross(_HEADS) for attn in _ATTENTION for name in "qk"},
             **{f"{attn}.to_out.0": Rowwise(_HEADS) for attn in _ATTENTION},
             **{attn: LocalHeads(_HEADS, "heads") for attn in _ATTENTION},
+            **dict.fromkeys(_SEES[:2], Colwise(_HEADS)),
+            _SEES[2]: NormAcross(_HEADS),
             "blocks.*.ffn.net.0.proj": Colwise(),
             "blocks.*.ffn.net.2": Rowwise(),
         },
@@ -56,8 +63,10 @@ TRANSFORMER = Component(
             "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
         },
         attention=("blocks.*.attn1",),  # every rank holds the whole text
+        optional=_SEES,
     ),
     ranks="tp",
+    exact=("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
 )
 
 
@@ -65,10 +74,15 @@ TRANSFORMER = Component(
 class WanSample(Sample):
     high_noise_steps: int
     """How many of the steps, the first ones, are `transformer`'s; the others are `transformer_2`'s."""
+    first_frame: torch.Tensor | None = None
+    """The latents [1, C, 1, h, w] of a picture that the video begins with: no step changes them."""
+    beside: torch.Tensor | None = None
+    """Channels [1, 4 + C, f, h, w] that the transformer sees behind the video's: which frame is a picture, and its
+    latents."""
 
 
 class Wan(Model):
-    pipelines = ("WanPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     capabilities = Capabilities(
         family="Wan",
         tasks=("text-to-video",),
@@ -99,11 +113,12 @@ class Wan(Model):
         "text_encoder": UMT5,
         "vae": vae("autoencoder_kl_wan", "AutoencoderKLWan"),
     }
-    files = (
+    files: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         (("scheduler/scheduler_config.json",),),
         (("tokenizer/tokenizer.json",), ("tokenizer/spiece.model",)),
     )
-    optional = ("transformer", "transformer_2")  # 2.1 has no second; a boundary of one end leaves only one of them
+    # 2.1 has no second; a boundary of one end leaves only one of them
+    optional: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
     @classmethod
     def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -119,7 +134,8 @@ class Wan(Model):
             "frame_multiple": configs["vae"].get("scale_factor_temporal", 4),
         }
         if index.get("expand_timesteps"):
-            return {**described, "default_size": (1280, 704), "num_frames": 121, "fps": 24}
+            pictures = {"tasks": ("text-to-video", "image-to-video"), "max_images": 1, "image_area": 1280 * 704}
+            return {**described, **pictures, "default_size": (1280, 704), "num_frames": 121, "fps": 24}
         if boundary is not None:
             steps = {"num_inference_steps": 40, "quality_steps": {"low": 20, "medium": 30, "high": 40}}
             scales = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
@@ -129,43 +145,63 @@ class Wan(Model):
     def tiling(self) -> Tiling:
         return tiling(self.vae)
 
-    def prepare(self, request: Request) -> Sample:
+    def encode_tiling(self) -> Tiling:
+        return encode_tiling(self.vae)
+
+    def prepare(self, request: Request) -> WanSample:
         scheduler = self.new_scheduler()
         scheduler.set_timesteps(request.num_inference_steps, device=self.device)
         scheduler.set_begin_index(0)
         latents = self._noise(request)
+        first_frame = None
+        if request.images and self.pipe.config.expand_timesteps:
+            first_frame = self.encode_video(self.picture(request))
+            latents = _beginning_with(first_frame, latents)
         return WanSample(
             request=request,
             latents=latents,
             scheduler=scheduler,
-            branches=[self._encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)],
+            branches=[self.encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)],
             text_tokens=min(len(self.pipe.tokenizer(request.prompt).input_ids), request.max_sequence_length),
             image_tokens=latents[0, 0].numel() // math.prod(self._transformers[0].config.patch_size),
             high_noise_steps=self._high_noise_steps(scheduler),
+            first_frame=first_frame,
         )
 
-    def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
+    def encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
         """Padded with zeros to the window, and never masked."""
         embeds, _ = self.pipe.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=self.device
         )
-        return {"encoder_hidden_states": embeds.to(self._transformers[0].dtype)}
+        return {"encoder_hidden_states": embeds.to(self.dtype)}
 
     def _noise(self, request: Request) -> torch.Tensor:
         """[1, C, f, h, w] in fp32, which the latents stay in whatever the model computes in."""
         import torch
 
-        noise: torch.Tensor = self.pipe.prepare_latents(
-            1,
-            self._transformers[0].config.in_channels,
-            request.height,
-            request.width,
-            request.num_frames,
-            torch.float32,
-            self.device,
-            noise_generator(request),
-        )
-        return noise
+        config = self.vae.config
+        frames = (request.num_frames - 1) // config.scale_factor_temporal + 1
+        height, width = request.height // config.scale_factor_spatial, request.width // config.scale_factor_spatial
+        shape = (1, config.z_dim, frames, height, width)
+        return torch.randn(shape, generator=noise_generator(request), dtype=torch.float32).to(self.device)
+
+    def picture(self, request: Request) -> torch.Tensor:
+        """The request's own, of the size of the video. [1, 3, 1, H, W] in [-1, 1]"""
+        picture = load_picture(request.images[0]).convert("RGB")
+        pixels: torch.Tensor = self.pipe.video_processor.preprocess(picture, request.height, request.width)
+        return pixels.to(self.device)[:, :, None]
+
+    def encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[1, 3, F, H, W] -> the likeliest latents, normalised: [1, C, f, h, w] in fp32"""
+        latents = self.encoder.encode(pixels).latent_dist.mode().float()
+        mean, std = statistics(self.vae, latents)
+        return (latents - mean) * (1.0 / std)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformers compute in."""
+        dtype: torch.dtype = self._transformers[0].dtype
+        return dtype
 
     @property
     def _transformers(self) -> list[Any]:
@@ -185,16 +221,26 @@ class Wan(Model):
         if len({(_is_high_noise(sample), sample.request.max_sequence_length) for sample in samples}) > 1:
             return torch.cat([self.predict([sample], branch) for sample in samples])
         transformer = self.pipe.transformer if _is_high_noise(samples[0]) else self.pipe.transformer_2
-        timestep = torch.stack([sample.timestep for sample in samples])
-        if self.pipe.config.expand_timesteps:  # one for every token
-            timestep = timestep.float()[:, None].expand(-1, samples[0].image_tokens)
+        branches = [sample.branches[branch] for sample in samples]
         prediction: torch.Tensor = transformer(
-            hidden_states=torch.cat([sample.latents for sample in samples]).to(transformer.dtype),
-            timestep=timestep,
-            encoder_hidden_states=torch.cat([sample.branches[branch]["encoder_hidden_states"] for sample in samples]),
+            hidden_states=torch.cat([_with_channels(sample) for sample in samples]).to(self.dtype),
+            timestep=torch.stack([self._times(sample) for sample in samples]),
             return_dict=False,
+            **{name: torch.cat([texts[name] for texts in branches]) for name in branches[0]},
         )[0]
         return prediction
+
+    def _times(self, sample: Sample) -> torch.Tensor:
+        """The timestep, or [S] where every token has its own: zero for those of a picture."""
+        import torch
+
+        if not self.pipe.config.expand_timesteps:
+            return sample.timestep
+        times = sample.timestep.float().expand(sample.image_tokens)
+        if _own(sample).first_frame is None:
+            return times
+        tokens = sample.image_tokens // sample.latents.shape[2]  # of a frame
+        return torch.cat([torch.zeros_like(times[:tokens]), times[tokens:]])
 
     def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
         if len(predictions) == 1:
@@ -204,6 +250,13 @@ class Wan(Model):
         if not _is_high_noise(sample) and sample.request.guidance_scale_2 is not None:
             scale = sample.request.guidance_scale_2
         return uncond + scale * (cond - uncond)
+
+    def advance(self, sample: Sample, prediction: torch.Tensor) -> None:
+        super().advance(sample, prediction)
+        if (first := _own(sample).first_frame) is not None:
+            sample.latents = _beginning_with(first, sample.latents)
+            if sample.estimate is not None:
+                sample.estimate = _beginning_with(first, sample.estimate)
 
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """-> videos [B, 3, F, H, W]"""
@@ -224,6 +277,24 @@ class Wan(Model):
         return list(frames)
 
 
-def _is_high_noise(sample: Sample) -> bool:
+def _own(sample: Sample) -> WanSample:
     assert isinstance(sample, WanSample)
-    return sample.step < sample.high_noise_steps
+    return sample
+
+
+def _is_high_noise(sample: Sample) -> bool:
+    return sample.step < _own(sample).high_noise_steps
+
+
+def _with_channels(sample: Sample) -> torch.Tensor:
+    import torch
+
+    beside = _own(sample).beside
+    return sample.latents if beside is None else torch.cat([sample.latents, beside], 1)
+
+
+def _beginning_with(first: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """[1, C, f, h, w], of which the first frame is `first`."""
+    import torch
+
+    return torch.cat([first, latents[:, :, 1:]], 2)

@@ -123,6 +123,11 @@ def elements_per_rank(
     return total
 
 
+def is_exact(name: str, exact: Collection[str]) -> bool:
+    """Whether one of the names `exact` stands in a parameter's path: then it is kept in fp32."""
+    return not frozenset(exact).isdisjoint(name.split("."))
+
+
 def cut_stored(stored: Stored, name: str, plan: Plan, config: Mapping[str, Any], size: int, rank: int) -> Cut | None:
     path, _, leaf = name.rpartition(".")
     return cut_parameter(style_of(plan, path), leaf, stored.shape, config, size, rank)
@@ -136,11 +141,11 @@ def load(
     axis: Axis,
     device: torch.device,
     dtype: torch.dtype,
-    kept: Collection[str] = (),
+    exact: Collection[str] = (),
 ) -> Report:
     """Fill the parameters of `module`, which are on the meta device, with this rank's part of the checkpoint.
 
-    All become `dtype`, but fp32 where one of the names `kept` stands in a parameter's path. Raises ConfigError for a
+    All become `dtype`, but fp32 where one of the names `exact` stands in a parameter's path. Raises ConfigError for a
     parameter that the checkpoint does not hold, or holds in another shape, and for what the checkpoint holds and the
     module has no place for: config.json then describes another model.
     """
@@ -155,7 +160,6 @@ def load(
             f"{type(module).__name__} has no '{unexpected[0]}', which the checkpoint holds ({len(unexpected)} such): "
             "config.json does not fit the weights"
         )
-    exact = frozenset(kept)
 
     def fill(name: str) -> int:
         stored = tensors[name]
@@ -166,7 +170,7 @@ def load(
                 f"expects {list(whole)}: config.json does not fit the weights"
             )
         cut = cut_stored(stored, name, plan, config, axis.size, axis.rank)
-        _assign(module, name, _read(stored, cut, device, dtype if exact.isdisjoint(name.split(".")) else torch.float32))
+        _assign(module, name, _read(stored, cut, device, torch.float32 if is_exact(name, exact) else dtype))
         return cut.stored(stored.shape) if cut else math.prod(stored.shape)
 
     with ThreadPoolExecutor(_THREADS if device.type == "cuda" else 1) as pool:

@@ -224,6 +224,8 @@ class Tiling:
     """H / h, and W / w."""
     encodes: bool = False
     """From the picture to latents, and not from latents to the picture."""
+    above: tuple[int, int] | None = None
+    """The largest input that stock works on whole, where that is not a tile."""
 
     def __post_init__(self) -> None:
         for tile, stride in zip(self.tile, self.stride, strict=True):
@@ -235,7 +237,7 @@ class Tiling:
 
     def applies(self, height: int, width: int) -> bool:
         """Whether stock works in tiles on an input of this size."""
-        (tall, wide), _ = self._of_input()
+        tall, wide = self.above or self._of_input()[0]
         return height > tall or width > wide
 
     def boxes(self, height: int, width: int) -> list[list[Box]]:

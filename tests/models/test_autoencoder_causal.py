@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from darkroom.configs import ParallelConfig
-from darkroom.models.autoencoder_causal import decode_latents, statistics, tiling
+from darkroom.models.autoencoder_causal import decode_latents, encode_tiling, statistics, tiling
 from tests.golden import worker
 
 
@@ -43,6 +43,25 @@ def test_tiles_are_of_the_sizes_of_the_vae(
     with worker(checkpoints[name], ParallelConfig()) as one:
         tiles = tiling(one.model.vae)
     assert (tiles.tile, tiles.stride, tiles.scale) == ((tile, tile), (stride, stride), scale)
+
+
+@pytest.mark.parametrize("name", ["qwen_image_4_heads", "wan_2_1_4_heads", "wan_2_2_small"])
+@pytest.mark.parametrize("size", [(64, 96), (272, 320), (256, 400), (528, 288)])
+def test_an_encode_is_the_stock_tiled_one(size: tuple[int, int], name: str, checkpoints: dict[str, Path]) -> None:
+    frames = 1 if name.startswith("qwen") else 5
+    video = torch.rand(1, 3, frames, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with worker(checkpoints[name], ParallelConfig(vae_use_tiling=True)) as one:
+        encoded = one.model.encoder.encode(video).latent_dist.mode()
+        one.model.vae.enable_tiling()
+        wanted = one.model.vae.encode(video).latent_dist.mode()
+    assert torch.equal(encoded, wanted)
+
+
+def test_tiles_that_are_encoded_are_of_pixels(checkpoints: dict[str, Path]) -> None:
+    """The small model's VAE folds 2x2 of them before it counts 256."""
+    with worker(checkpoints["wan_2_2_small"], ParallelConfig()) as one:
+        tiles = encode_tiling(one.model.vae)
+    assert (tiles.tile, tiles.stride, tiles.scale, tiles.above) == ((512, 512), (384, 384), 16, (256, 256))
 
 
 def test_a_rank_without_the_vae_decodes_nothing(checkpoints: dict[str, Path]) -> None:

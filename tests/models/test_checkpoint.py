@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from darkroom.configs import ConfigError, EngineConfig, ParallelConfig
-from darkroom.models import MODELS, QwenImage
+from darkroom.models import FAMILIES, MODELS, QwenImage
 from darkroom.models.checkpoint import DEMO, Checkpoint, open_checkpoint
 from tests import tiny
 from tests.golden import worker
@@ -260,6 +261,21 @@ def test_the_footprint_is_what_each_rank_holds(size: int, checkpoints: dict[str,
     ]
     for rank, cases in enumerate(run_ranks(held, size, folders)):
         assert cases == [ranks[rank] for ranks in expected]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["wan_2_1_4_heads", "sd3_4_heads"])
+def test_the_footprint_counts_what_stays_in_fp32(name: str, dtype: str, checkpoints: dict[str, Path]) -> None:
+    [expected] = Checkpoint.open(str(checkpoints[name])).footprint(ParallelConfig(), dtype)
+    with worker(checkpoints[name], ParallelConfig(), dtype=dtype) as one:
+        modules = {name: getattr(one.model.pipe, name) for name in expected} | {"vae": one.model.vae}
+        assert {name: size_of(module) for name, module in modules.items()} == expected
+
+
+def test_families_name_what_their_classes_keep_in_fp32() -> None:
+    for component in {id(x): x for family in FAMILIES for x in family.components.values()}.values():
+        cls = getattr(importlib.import_module(component.module), component.name)
+        assert tuple(cls._keep_in_fp32_modules or ()) == component.exact
 
 
 def test_the_footprint_follows_the_dtype() -> None:

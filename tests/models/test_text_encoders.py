@@ -12,7 +12,7 @@ from darkroom.configs import ParallelConfig
 from darkroom.configs.pictures import load_picture
 from darkroom.models.base import Component
 from darkroom.models.checkpoint import Checkpoint
-from darkroom.models.text_encoders import CLIP, QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, QWEN3, T5, UMT5
+from darkroom.models.text_encoders import CLIP, CLIP_VISION, QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, QWEN3, T5, UMT5
 from tests.faults import parts_are_cut_as_one
 from tests.golden import TOLERANCE, picture_file, worker
 from tests.ranks import run_ranks
@@ -38,6 +38,10 @@ LAYER = "layers.0.mlp.up_proj.weight"
         (QWEN3, "lm_head.weight", None),
         (CLIP, "text_projection.weight", "text_projection.weight"),
         (CLIP, "text_model.embeddings.position_ids", None),  # as transformers wrote it before 4.31
+        (CLIP_VISION, "vision_model.post_layernorm.bias", "post_layernorm.bias"),  # as transformers 4 wrote it
+        (CLIP_VISION, "post_layernorm.bias", "post_layernorm.bias"),
+        (CLIP_VISION, "vision_model.embeddings.position_ids", None),
+        (CLIP_VISION, "visual_projection.weight", None),  # of the class around it
         (T5, "shared.weight", "embed_tokens.weight"),
         (T5, "encoder.embed_tokens.weight", "embed_tokens.weight"),
         (T5, "encoder.block.0.layer.1.DenseReluDense.wo.weight", "block.0.layer.1.DenseReluDense.wo.weight"),
@@ -64,6 +68,7 @@ def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str 
         ("sd3_4_heads", "text_encoder_2"),
         ("sd3_4_heads", "text_encoder_3"),
         ("wan_2_2", "text_encoder"),
+        ("wan_image_to_video_2_1", "image_encoder"),
     ],
 )
 def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str, checkpoints: dict[str, Path]) -> None:

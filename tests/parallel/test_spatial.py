@@ -427,6 +427,12 @@ def test_tiling_applies_where_stock_tiles(height: int, width: int) -> None:
     assert tiling.applies(height, width) == tiled_decode.called
 
 
+def test_tiling_applies_above_what_it_names() -> None:
+    tiling = Tiling(tile=(64, 64), stride=(48, 48), scale=8, encodes=True, above=(32, 40))
+    assert [tiling.applies(*size) for size in ((32, 40), (40, 40), (32, 48))] == [False, True, True]
+    assert tiling.boxes(32, 56) == [[(0, 0, 32, 56), (0, 48, 32, 8)]]
+
+
 def test_tiles_are_shared_out_by_area() -> None:
     assert share_out([4, 4, 4, 4, 2, 2, 2, 2, 1], 1) == [0] * 9
     assert share_out([1], 3) == [0]
