@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from darkroom.configs.config import Limits
+from darkroom.configs.errors import RequestError
 from darkroom.server.fields import EditRequest, GenerationRequest, VariationRequest
+from darkroom.server.uploads import Pictures
 from tests.golden import picture_file
+
+from .conftest import CAPABILITIES
 
 EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 PICTURE = picture_file(96, 80)
@@ -190,6 +194,12 @@ def test_sizes_of_a_generation(http, engine):
     assert response.json()["size"] == "64x128"
     response = http.post("/v1/images/generations", json={"prompt": "x", "strength": 0.5})
     assert response.json()["error"]["param"] == "strength"
+
+
+def test_a_model_without_previews_refuses_them():
+    asked = GenerationRequest.read({"prompt": "x", "stream": True, "partial_images": 1})
+    with pytest.raises(RequestError, match="shows no previews"):
+        asked.resolve(CAPABILITIES.override({"previews": False}), Pictures())
 
 
 @pytest.mark.parametrize("route", [GenerationRequest, EditRequest, VariationRequest])
