@@ -11,6 +11,8 @@ from fastapi import Depends, Request
 from darkroom.configs.capabilities import Capabilities
 
 from .client import EngineClient
+from .drain import Drain
+from .fetch import Fetcher
 from .metrics import Metrics
 
 
@@ -20,6 +22,8 @@ class Context:
     served_name: str
     client: EngineClient
     metrics: Metrics = field(default_factory=Metrics)
+    drain: Drain = field(default_factory=Drain)
+    fetcher: Fetcher = field(default_factory=Fetcher)
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds."""
 

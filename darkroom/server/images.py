@@ -27,6 +27,7 @@ from .client import interleave
 from .context import Context, Shared
 from .models import check_model
 from .sse import EventStream, encode_event
+from .trail import trail_of
 
 router = APIRouter()
 
@@ -186,7 +187,7 @@ class ImagesResponse(Look):
 async def create_image(http: HttpRequest, context: Shared) -> Response:
     asked = ImageRequest.read(await read_json(http))
     check_model(asked.model, context)
-    first = asked.resolve(context.capabilities)
+    trail_of(http).asked = first = asked.resolve(context.capabilities)
     look = Look(
         size=f"{first.width}x{first.height}",
         quality=_QUALITIES[asked.quality] or "high",
@@ -201,6 +202,7 @@ async def _generate(http: HttpRequest, context: Context, requests: list[Request]
     async with aclosing(interleave(streams, lambda: disconnection(http))) as events:
         async for index, event in events:
             context.metrics.observe(event)
+            trail_of(http).add(event)
             yield index, event
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 from diffusers.models.attention_dispatch import AttentionBackendName
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from darkroom.configs import CheckConfig, ConfigError, EngineConfig, GenerateConfig, SamplingParams, ServeConfig
 from darkroom.configs.config import AttentionBackend, engine_config
@@ -35,6 +35,7 @@ ENGINE_FLAGS = [
     ("--dtype", "float16", "dtype", "float16"),
     ("--attention-backend", "_native_math", "attention_backend", "_native_math"),
     ("--log-level", "debug", "log_level", "debug"),
+    ("--log-format", "json", "log_format", "json"),
     ("--max-queue", "7", "max_queue", 7),
     ("--step-timeout", "2.5", "step_timeout", 2.5),
 ]
@@ -43,6 +44,20 @@ SERVE_FLAGS = [
     ("--port", "0", "port", 0),
     ("--served-model-name", "a/b", "served_model_name", "a/b"),
     ("--omni", None, "omni", True),
+    ("--api-key", "secret-1", "api_key", [SecretStr("secret-1")]),
+    ("--api-key-file", "keys", "api_key_file", Path("keys")),
+    ("--protect-metrics", None, "protect_metrics", True),
+    ("--protect-docs", None, "protect_docs", True),
+    ("--rate-limit", "60/minute", "rate_limit", "60/minute"),
+    ("--max-concurrent-per-key", "2", "max_concurrent_per_key", 2),
+    ("--cors-origin", "https://a.example", "cors_origin", ["https://a.example"]),
+    ("--allow-remote-media", "*.a.example", "allow_remote_media", ["*.a.example"]),
+    ("--log-prompts", None, "log_prompts", True),
+    ("--otlp-endpoint", "http://127.0.0.1:4318", "otlp_endpoint", "http://127.0.0.1:4318"),
+    ("--drain-timeout", "2.5", "drain_timeout", 2.5),
+    ("--root-path", "/a/b", "root_path", "/a/b"),
+    ("--forwarded-allow-ips", "10.0.0.1", "forwarded_allow_ips", "10.0.0.1"),
+    ("--ssl-certfile", "a.pem", "ssl_certfile", Path("a.pem")),
 ]
 GENERATE_FLAGS = [
     ("--output", "a.jpg", "output", Path("a.jpg")),
@@ -106,6 +121,8 @@ def test_a_flag_sets_its_field(command: Command, flag: str, text: str | None, na
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_field_has_a_row_above(command: Command) -> None:
     tested = {name for _, _, name, _ in FLAGS[command]}
+    if command is ServeConfig:
+        tested |= {"ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"}  # need --ssl-certfile: see test_operations.py
     assert tested | {"model", "prompt", "config"} == set(command.model_fields) | {"prompt"}
 
 

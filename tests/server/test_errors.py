@@ -46,11 +46,12 @@ def test_other_methods_are_405_and_say_what_is_allowed(http, method, path, allow
     [
         ("internal", openai.InternalServerError, "server_error", None, ("x-should-retry", "false")),
         ("unavailable", openai.InternalServerError, "server_error", None, ("retry-after", "10")),
-        ("busy", openai.RateLimitError, "rate_limit_error", "rate_limit_exceeded", ("retry-after", "5")),
+        ("busy", openai.RateLimitError, "rate_limit_error", "rate_limit_exceeded", ("retry-after", "1")),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_the_engine_refuses(sdk, engine, reason, error, kind, code, header, stream):
+    sdk.images.generate(prompt="x")  # takes 0.6 s by its own word, after which there is a place in the queue
     engine.script = failing(reason)
     with pytest.raises(error) as caught:
         sdk.images.generate(prompt="x", stream=stream)
