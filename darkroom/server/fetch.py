@@ -58,7 +58,7 @@ class Fetcher:
         *,
         resolve: Resolver = resolve,
         is_allowed: Callable[[IPAddress], bool] = is_public,
-        verify: ssl.SSLContext | bool = True,
+        trust: ssl.SSLContext | None = None,
         seconds: float = _SECONDS,
         most_bytes: int = _MOST_BYTES,
     ) -> None:
@@ -67,7 +67,7 @@ class Fetcher:
         self.is_allowed = is_allowed
         self.seconds = seconds
         self.most_bytes = most_bytes
-        self._verify = verify
+        self._trust = trust
         self._places = asyncio.Semaphore(_AT_ONCE)
 
     async def fetch_picture(self, url: str, *, param: str = "image_url") -> bytes:
@@ -84,8 +84,10 @@ class Fetcher:
 
     async def _follow(self, text: str) -> bytes:
         url = self._checked(text)
+        if self._trust is None:  # reads hundreds of certificates
+            self._trust = await asyncio.to_thread(httpx2.create_ssl_context)
         # no proxy of the environment: it would do the resolving
-        async with httpx2.AsyncClient(verify=self._verify, trust_env=False, timeout=self.seconds) as client:
+        async with httpx2.AsyncClient(verify=self._trust, trust_env=False, timeout=self.seconds) as client:
             for _ in range(_MOST_REDIRECTS + 1):
                 answer = await self._get(client, url)
                 if isinstance(answer, bytes):

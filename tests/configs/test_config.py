@@ -225,7 +225,7 @@ def file(tmp_path: Path) -> Path:
 
 FLAGS_ALONE = ("-o", "--no-vae-use-tiling")
 """Spellings of the command line that are no keys."""
-STRINGS = ("negative_prompt", "revision")
+STRINGS = ("negative_prompt", "revision", "allow_remote_media")
 
 
 def spellings(flag: str) -> set[str]:
@@ -263,7 +263,7 @@ def test_an_unknown_key_is_named_with_those_that_are_known(key: str, file: Path)
     """MODEL is no flag: a key that the command line always overrules would be ignored silently."""
     file.write_text(f"{json.dumps(key)}: 2")
     message = error(ServeConfig, "--config", str(file))
-    assert f"unknown key {key!r}; known: attention-backend, cfg, " in message
+    assert f"unknown key {key!r}; known: allow-remote-media, api-key, " in message
 
 
 @pytest.mark.parametrize(

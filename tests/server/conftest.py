@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -15,6 +16,7 @@ import pytest
 import uvicorn
 
 from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.operations import OperationsConfig
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
 
@@ -53,11 +55,12 @@ class Server:
 
 
 @contextmanager
-def serving(engine: ScriptedEngine, name: str = NAME) -> Iterator[Server]:
+def serving(engine: ScriptedEngine, name: str = NAME, **flags: Any) -> Iterator[Server]:
+    """With the flags of `OperationsConfig`."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio overlooks it where it did not bind
     client = EngineClient(engine.address)
-    app = create_app(capabilities=CAPABILITIES, served_name=name, client=client)
+    app = create_app(capabilities=CAPABILITIES, served_name=name, client=client, operations=OperationsConfig(**flags))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
     loops: list[asyncio.AbstractEventLoop] = []
 
