@@ -50,9 +50,9 @@ class Limits:
         known.running.append(now)
         try:
             yield
+            self._learn(time.monotonic() - now)  # but not from what fails, which is mostly at once
         finally:
             known.running.remove(now)
-            self._learn(time.monotonic() - now)
 
     def _known(self, client: str) -> _Client:
         known = self._clients.setdefault(client, _Client())
