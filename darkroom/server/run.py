@@ -94,7 +94,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         is_first = not self._captured_signals
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.force_exit |= self.should_exit and sig == signal.SIGINT
         self._captured_signals.append(sig)
         call = self._told.set if sig == signal.SIGTERM and is_first else self.stop
         self._loop.call_soon_threadsafe(call)  # a signal handler alone does not wake the loop

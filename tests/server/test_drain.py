@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from darkroom.engine.messages import Event, Generate
 from darkroom.server.drain import Drain
 from darkroom.server.errors import ApiError
 
@@ -43,12 +46,19 @@ def test_it_ends_with_the_work_or_with_the_time(way: str) -> None:
 
 
 def test_what_runs_ends_and_nothing_new_begins(engine):
-    engine.script = lambda message: iter([0.8, finished(message)])
+    may_end = threading.Event()
+
+    def script(message: Generate) -> Iterator[Event | float]:
+        while not may_end.is_set():
+            yield 0.05
+        yield finished(message)
+
+    engine.script = script
     with serving(engine) as server, ThreadPoolExecutor(1) as pool:
         drain = server.uvicorn.config.app.state.context.drain
-        running = pool.submit(httpx.post, f"{server.url}{PATH}", json={"prompt": "x"})
+        running = pool.submit(httpx.post, f"{server.url}{PATH}", json={"prompt": "x"}, timeout=60)
         assert wait_until(lambda: bool(engine.requests))
-        draining = asyncio.run_coroutine_threadsafe(drain.finish(10), server.loop)
+        draining = asyncio.run_coroutine_threadsafe(drain.finish(60), server.loop)
         assert wait_until(lambda: drain.is_on)
         health = httpx.get(f"{server.url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "draining")
@@ -57,6 +67,7 @@ def test_what_runs_ends_and_nothing_new_begins(engine):
         assert (refused.headers["connection"], refused.json()["error"]["type"]) == ("close", "server_error")
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
         assert not draining.done()
-        assert running.result(5).status_code == 200
-        draining.result(5)
+        may_end.set()
+        assert running.result(30).status_code == 200
+        draining.result(30)
         assert len(engine.requests) == 1
