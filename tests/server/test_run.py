@@ -273,7 +273,7 @@ def test_without_an_engine_the_server_ends() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
     before = run_folders()
-    with serve("demo", "--ring", "2", "--drain-timeout", "0.5") as server, ThreadPoolExecutor(1) as pool:
+    with serve("demo", "--ring", "2", "--drain-timeout", "0") as server, ThreadPoolExecutor(1) as pool:
         request = pool.submit(server.picture, extra_body={"num_inference_steps": 200})
         assert wait_until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 1)
         tree, made = server.tree, run_folders() - before
