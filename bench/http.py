@@ -5,8 +5,9 @@
 * Picture: 20 steps at 128x128 through HTTP (JSON in, PNG as base64 out) against the stock diffusers pipeline on the
   same folder in this process, in turn, so that a noisy machine disturbs both alike. The first pictures must be equal.
 * Concurrent requests while pictures are drawn: 100 `GET /v1/models` at once, again and again; and faulty generation
-  requests from 8 connections, one after the other on each. The clients speak HTTP over bare sockets in a process of
-  their own, because httpx takes longer to ask than the server to answer; latencies still include the client's part.
+  requests from 8 connections, one after the other on each; likewise a wrong key, and a
+  key that is over its limit. The clients speak HTTP over bare sockets in a process of their own, because httpx takes
+  longer to ask than the server to answer; latencies still include the client's part.
 * Process: seconds from the command to ready (the third of three starts, so that the disk is warm), memory, whether
   torch's library is mapped, CPU time of the whole tree while nothing is asked.
 """
@@ -22,7 +23,7 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -46,6 +47,7 @@ PICTURE: dict[str, Any] = {
     "true_cfg_scale": 2.5,
 }
 FAULTY = {**PICTURE, "n": 0}
+KEY = "sk-bench-0123456789"
 IDLE_SECONDS = 10.0
 WARM_UP = 3
 
@@ -62,6 +64,8 @@ def main() -> None:
             *concurrent_rows(server),
             *faulty_rows(server),
         ]
+    with Server("--api-key", KEY, "--rate-limit", "1/hour") as guarded:
+        rows += guarded_rows(guarded)
     print_table(rows)
 
 
@@ -180,14 +184,47 @@ def concurrent_rows(server: Server, connections: int = 100, bursts: int = 20) ->
     ]
 
 
-def faulty_rows(server: Server, connections: int = 8, duration: float = 5.0) -> list[Row]:
-    request = _wire("POST", "/v1/images/generations", FAULTY)
+def faulty_rows(server: Server) -> list[Row]:
     with drawing(server):
-        seconds = _in_own_process(_in_turn, server.url, request, connections, duration)
-    what = f"400s on {connections} connections while drawing"
+        return _refused(server, "400s", _wire("POST", "/v1/images/generations", FAULTY), b"400")
+
+
+def guarded_rows(server: Server) -> list[Row]:
+    """The only picture of the hour is long, and is being drawn while the others are refused."""
+    wrong = _wire("POST", "/v1/images/generations", PICTURE, f"Authorization: Bearer {KEY}x")
+    again = _wire("POST", "/v1/images/generations", PICTURE, f"Authorization: Bearer {KEY}")
+    drawn = {**PICTURE, "size": "512x512", "num_inference_steps": 200}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=0.5, headers=headers) as client:
+        stop = threading.Event()
+        drawing = pool.submit(_hold, server.url, drawn, headers, stop)
+        while client.get("/health").json()["running"] == 0:
+            time.sleep(0.05)
+        rows = [*_refused(server, "401s", wrong, b"401"), *_refused(server, "429s", again, b"429")]
+        if client.get("/health").json()["running"] == 0:
+            raise RuntimeError("the picture was finished before the measurement")
+        stop.set()
+        drawing.result()
+    return rows
+
+
+def _hold(url: str, body: Any, headers: dict[str, str], stop: threading.Event) -> None:
+    """Ask for a stream of a picture, and go away when told."""
+    with httpx.stream(
+        "POST", f"{url}/v1/images/generations", json={**body, "stream": True}, headers=headers, timeout=60
+    ) as response:
+        response.raise_for_status()
+        stop.wait()
+
+
+def _refused(server: Server, what: str, request: bytes, status: bytes, connections: int = 8) -> list[Row]:
+    duration = 5.0
+    seconds = _in_own_process(_in_turn, server.url, request, connections, duration, status)
+    rate, what = len(seconds) / duration, f"{what} on {connections} connections while drawing"
     return [
-        (f"{what}, per second", f"{len(seconds) / duration:.0f}", ""),
+        (f"{what}, per second", f"{rate:.0f}", verdict(">= 500", rate >= 500)),
         (f"{what}, p99", f"{1000 * p99(seconds):.1f} ms", ""),
+        (f"{what}, slowest", f"{1000 * max(seconds):.1f} ms", ""),
     ]
 
 
@@ -216,10 +253,11 @@ def drawing(server: Server) -> Iterator[None]:
         raise failures[0]
 
 
-def _wire(method: str, path: str, body: Any = None) -> bytes:
+def _wire(method: str, path: str, body: Any = None, *headers: str) -> bytes:
     """A request as it goes over the socket."""
     data = b"" if body is None else json.dumps(body).encode()
-    head = f"{method} {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    lines = [f"{method} {path} HTTP/1.1", "Host: bench", "Content-Type: application/json", *headers]
+    head = "\r\n".join([*lines, f"Content-Length: {len(data)}"])
     return head.encode() + b"\r\n\r\n" + data
 
 
@@ -243,13 +281,13 @@ def _bursts(url: str, request: bytes, connections: int, bursts: int) -> list[lis
     return asyncio.run(run())
 
 
-def _in_turn(url: str, request: bytes, connections: int, duration: float) -> list[float]:
+def _in_turn(url: str, request: bytes, connections: int, duration: float, status: bytes) -> list[float]:
     """Every connection asks again as soon as it is answered."""
 
     async def one(deadline: float) -> list[float]:
         connection, seconds = await _connect(url), []
         while time.perf_counter() < deadline:
-            seconds.append(await _ask(connection, request, b"400"))
+            seconds.append(await _ask(connection, request, status))
         return seconds
 
     async def run() -> list[float]:

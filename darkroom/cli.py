@@ -1,4 +1,4 @@
-"""The command line: `darkroom serve | generate | check`, and a bare `serve`."""
+"""The command line: `darkroom serve | generate | check | hash-key`, and a bare `serve`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _USAGE = """usage: darkroom COMMAND MODEL [flags]
   darkroom serve MODEL              serve the OpenAI API (also as a bare `serve`)
   darkroom generate MODEL PROMPT    make a picture, with no server
   darkroom check MODEL              say whether a configuration is valid, and what each rank would hold
+  darkroom hash-key NAME            read a key from standard input, print its line for --api-key-file
 
 MODEL is a hub id such as owner/name, a folder in the diffusers layout, or 'demo'.
 `darkroom COMMAND --help` lists the flags."""
@@ -31,7 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         print(_USAGE)
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"serve": serve, "generate": generate, "check": check}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "serve": serve,
+        "generate": generate,
+        "check": check,
+        "hash-key": hash_key,
+    }
     if command not in commands:
         print(f"darkroom: no command '{command}'; known: {', '.join(commands)}", file=sys.stderr)
         return 2
@@ -101,6 +107,15 @@ def check(arguments: list[str]) -> int:
     engine = resolve_device(engine_config(config), elsewhere=True)
     print(_describe(checkpoint, engine, checkpoint.footprint(engine, engine.dtype)))
     print("valid")
+    return 0
+
+
+def hash_key(arguments: list[str]) -> int:
+    from .server.keys import hashed_line
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError("hash-key takes the key's NAME; the key itself is read from standard input")
+    print(hashed_line(arguments[0], sys.stdin.readline().strip()))
     return 0
 
 

@@ -208,3 +208,32 @@ def test_generate_of_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith(f"{path} (seed ")
     with Image.open(path) as picture:
         assert (picture.format, picture.size) == ("PNG", (64, 64))
+
+
+# ---- hash-key --------------------------------------------------------------------------------------------------------
+
+
+def hash_key(*arguments: str, key: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "darkroom"), "hash-key", *arguments]
+    return subprocess.run(command, input=key, capture_output=True, text=True, check=False)
+
+
+def test_a_key_becomes_a_line_of_the_key_file() -> None:
+    done = hash_key("alice", key="0123456789abcdef\n")
+    assert (done.returncode, done.stdout[:13], len(done.stdout)) == (0, "alice sha256:", 78)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "words"),
+    [
+        ([], "0123456789abcdef", "takes the key's NAME"),
+        (["a", "0123456789abcdef"], "", "takes the key's NAME"),
+        (["a"], "short-one", "at least 16"),
+        (["a"], "", "not empty"),
+        (["a b"], "0123456789abcdef", "cannot name a key"),
+    ],
+)
+def test_what_is_no_key_is_refused_and_not_shown(arguments: list[str], key: str, words: str) -> None:
+    done = hash_key(*arguments, key=key)
+    assert (done.returncode, done.stdout, words in done.stderr) == (2, "", True)
+    assert not key or key not in done.stderr

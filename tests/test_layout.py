@@ -68,7 +68,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine": (),
     "server": ("engine.messages", "engine.launch", "configs"),
     "offline": ("engine.messages", "engine.launch", "models.checkpoint", "configs"),
-    "cli": ("server.run", "offline", "models.checkpoint", "configs"),
+    "cli": ("server.run", "server.keys", "offline", "models.checkpoint", "configs"),
     "__main__": ("cli",),
     "": ("offline", "configs"),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -22,6 +22,8 @@ from pydantic_settings import (
 )
 
 from .errors import ConfigError
+from .logs import LogFormat
+from .operations import OperationsConfig, Several
 from .parallel import ParallelConfig
 from .pictures import MAX_PIXELS
 from .request import SamplingParams
@@ -45,6 +47,7 @@ class EngineConfig(ParallelConfig):
     )
     attention_backend: AttentionBackend = Field("auto", description="a kernel by diffusers' name")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
+    log_format: LogFormat = Field("text", description="one line of text, or one JSON object, for each record")
     max_queue: int = Field(256, ge=1, description="pictures that may wait; the next one is answered 429")
     max_queue_mb: int = Field(
         1024, ge=1, description="MiB of pictures sent in that may wait with them; the next one is answered 429"
@@ -115,7 +118,7 @@ class Limits(BaseModel):
     url_storage_mb: int = Field(1024, ge=1, description="MiB of pictures kept for it; the oldest go first")
 
 
-class ServeConfig(Limits, EngineConfig, _CommandLine):
+class ServeConfig(Limits, OperationsConfig, EngineConfig, _CommandLine):
     """`darkroom serve`: the OpenAI-compatible HTTP server."""
 
     model_config = SettingsConfigDict(cli_prog_name="darkroom serve")
@@ -134,11 +137,6 @@ class ServeConfig(Limits, EngineConfig, _CommandLine):
         return self.served_model_name or (folder.resolve().name if folder.is_dir() else self.model)
 
 
-def _as_list(value: object) -> object:
-    """A YAML file may name one without brackets."""
-    return [value] if isinstance(value, str) else value
-
-
 class GenerateConfig(EngineConfig, _CommandLine):
     """`darkroom generate`: a picture with no server."""
 
@@ -146,7 +144,7 @@ class GenerateConfig(EngineConfig, _CommandLine):
 
     prompt: CliPositionalArg[str] = Field(description="what the picture shows")
     output: Path = Field(Path("out.png"), description="file to write; its ending names the format: png, jpg, webp, mp4")
-    image: Annotated[list[Path], BeforeValidator(_as_list)] = Field(
+    image: Annotated[list[Path], Several] = Field(
         [], description="picture to edit or begin from; once for each, where the model takes several"
     )
     mask_image: Path | None = Field(
@@ -196,6 +194,10 @@ def _read_file(flag: str, path: Path) -> bytes:
         raise ConfigError(f"{flag} {path}: {e.strerror}") from None
 
 
+_SECRET = ("api_key", "ssl_keyfile_password")
+"""Flags whose values are not shown."""
+
+
 def engine_config(config: EngineConfig) -> EngineConfig:
     """The part of a command's configuration that the engine's processes need."""
     return EngineConfig.model_validate({name: getattr(config, name) for name in EngineConfig.model_fields})
@@ -240,7 +242,11 @@ def _config_file(arguments: list[str]) -> str | None:
 
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = str(first["loc"][-1]).replace("_", "-")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    fields = [part for part in first["loc"] if isinstance(part, str)]
+    if not fields:  # of several flags
+        return message
+    name = fields[-1].replace("_", "-")
     flag = f"--{name}" if len(name) > 1 else f"-{name}"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{flag} {first['input']!r}: {message}"
+    return f"{flag}: {message}" if fields[-1] in _SECRET else f"{flag} {first['input']!r}: {message}"

@@ -16,6 +16,7 @@ import msgspec
 import zmq
 
 from darkroom.configs.config import EngineConfig
+from darkroom.configs.logs import set_up_logging
 
 from .messages import (
     Cancel,
@@ -202,7 +203,7 @@ def main() -> None:
     """`python -m darkroom.engine RUN_DIR`: one line of configuration on standard input, which then stays open."""
     ignore_signals()
     config = EngineConfig.model_validate_json(sys.stdin.readline())
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s engine: %(message)s")
+    set_up_logging(config.log_level, config.log_format, "engine")
     engine = Engine(config, Path(sys.argv[1]))
     try:
         engine.run()

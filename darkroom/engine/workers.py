@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import multiprocessing as mp
 import os
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 import zmq
 
 from darkroom.configs.config import EngineConfig
+from darkroom.configs.logs import set_up_logging
 from darkroom.models.checkpoint import Checkpoint
 
 from .messages import (
@@ -229,7 +229,7 @@ def _worker_main(config: str, rank: int, folder: str) -> None:
     ignore_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     parsed = EngineConfig.model_validate_json(config)
-    logging.basicConfig(level=parsed.log_level.upper(), format=f"%(levelname)s worker {rank}: %(message)s")
+    set_up_logging(parsed.log_level, parsed.log_format, f"worker {rank}")
     worker = importlib.import_module("darkroom.engine.worker")  # torch: must not be imported by the engine process
     addresses = (f"ipc://{folder}/{rank}", f"ipc://{folder}/replies")
     worker.run_worker(parsed, rank, addresses, Path(folder) / "rendezvous")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,17 +12,30 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
+from darkroom.configs.operations import OperationsConfig
 
 from . import answers, images, models
+from .access import AccessLog
 from .client import EngineClient, EngineError
 from .context import Context, Shared
 from .errors import ErrorEnvelope, http_exception
+from .fetch import Fetcher
 from .files import FileStore
-from .middleware import Outermost
+from .guard import Guard
+from .keys import Keys
+from .middleware import Envelope, Outermost
+from .traces import Traces
+from .trail import Observer
+
+_VERSION = importlib.metadata.version("darkroom")
+_DEFAULTS = OperationsConfig()
+_FOR_PAGES = ("x-request-id", "retry-after", "retry-after-ms", "openai-poll-after-ms")
+"""Headers of answers that a browser lets its pages read."""
 
 
 def create_app(
@@ -29,14 +43,17 @@ def create_app(
     capabilities: Capabilities,
     served_name: str,
     client: EngineClient,
+    operations: OperationsConfig = _DEFAULTS,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     folder: Path | None = None,
 ) -> FastAPI:
     """The caller closes `client`, and tells it by `fail_all` when the engine's process has died.
 
-    What is kept on disk for a while goes into a folder of its own in `folder`, or where temporary files go.
+    What is kept on disk for a while goes into a folder of its own in `folder`, or where temporary files go. Raises
+    `ConfigError`.
     """
     files = FileStore(limits, folder)
+    traces = Traces(operations.otlp_endpoint) if operations.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -45,6 +62,8 @@ def create_app(
         listener.cancel()
         await asyncio.gather(listener, return_exceptions=True)
         files.close()
+        if traces:
+            await asyncio.to_thread(traces.close)
 
     failures: dict[int | str, dict[str, Any]] = {kind: {"model": ErrorEnvelope} for kind in ("4XX", "5XX")}
     app = FastAPI(
@@ -55,30 +74,60 @@ def create_app(
         docs_url=None,  # these pages load scripts from elsewhere; /openapi.json is the document
         redoc_url=None,
     )
-    app.state.context = context = Context(
-        capabilities=capabilities, served_name=served_name, client=client, limits=limits, files=files
+    context = Context(
+        capabilities=capabilities,
+        served_name=served_name,
+        client=client,
+        limits=limits,
+        files=files,
+        fetcher=Fetcher(operations.allow_remote_media),
     )
-    app.add_middleware(Outermost, metrics=context.metrics)
+    app.state.context = context
+    observers: list[Observer] = [AccessLog(with_prompts=operations.log_prompts), *([traces] if traces else [])]
+    _add_layers(app, operations, context, observers)
     app.add_exception_handler(HTTPException, http_exception)
     app.include_router(images.router)
     app.include_router(answers.router)
     app.include_router(models.router)
     app.add_api_route("/health", health)
     app.add_api_route("/metrics", metrics, response_class=Response)
+    app.add_api_route("/version", version)
     return app
 
 
+def _add_layers(app: FastAPI, operations: OperationsConfig, context: Context, observers: list[Observer]) -> None:
+    """From the inside outwards: refusals are told to pages of other origins too, and everything has an id."""
+    app.add_middleware(Guard, config=operations, keys=Keys.read(operations), drain=context.drain)
+    app.add_middleware(Envelope, metrics=context.metrics)
+    if operations.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=operations.cors_origin,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=_FOR_PAGES,
+        )
+    app.add_middleware(Outermost, metrics=context.metrics, drain=context.drain, observers=observers)
+
+
 async def health(context: Shared) -> Response:
-    """Ready or not, by the engine's own word."""
+    """Ready or not, by the engine's own word, unless the server stops."""
     try:
         status = await context.client.status(timeout=2.0)
     except EngineError:
         content: dict[str, object] = {"status": "unresponsive"}
     else:
         content = {"status": status.state, "waiting": status.waiting, "running": status.running}
+    if context.drain.is_on:
+        content["status"] = "draining"
     if content["status"] == "ready":
         return JSONResponse(content)
     return JSONResponse(content, 503, {"Retry-After": "10"})
+
+
+async def version() -> dict[str, str]:
+    """Of Darkroom."""
+    return {"version": _VERSION}
 
 
 async def metrics(context: Shared) -> Response:

@@ -12,6 +12,8 @@ from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
 
 from .client import EngineClient
+from .drain import Drain
+from .fetch import Fetcher
 from .files import FileStore
 from .metrics import Metrics
 
@@ -24,6 +26,8 @@ class Context:
     limits: Limits
     files: FileStore
     metrics: Metrics = field(default_factory=Metrics)
+    drain: Drain = field(default_factory=Drain)
+    fetcher: Fetcher = field(default_factory=Fetcher)
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,15 +59,23 @@ class ApiError(Exception):
         return Response(content, self.status, self.headers, media_type="application/json")
 
 
-def to_api_error(error: BaseException) -> ApiError:
+def too_many(message: str, seconds: float) -> ApiError:
+    """429, with the time to wait in whole seconds: at least one, and rounded up, so that it is never too short."""
+    wait = max(1, math.ceil(seconds))
+    return ApiError(
+        429, f"{message} Try again in {wait} s.", code="rate_limit_exceeded", headers={"Retry-After": str(wait)}
+    )
+
+
+def to_api_error(error: BaseException, picture_seconds: float = 5.0) -> ApiError:
+    """With the seconds that a picture takes, after which there is a place in the queue again."""
     match error:
         case ApiError():
             return error
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
         case EngineError(reason="busy"):
-            message = "The queue is full; try again in a few seconds."
-            return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "5"})
+            return too_many("The queue is full.", picture_seconds)
         case EngineError(reason="unavailable") | asyncio.CancelledError():
             message = "The model is not ready: it starts, restarts or stops; try again in a few seconds."
             return ApiError(503, message, headers={"Retry-After": "10"})

@@ -23,6 +23,7 @@ from .fields import QUALITIES, EditRequest, GenerationRequest, ImageRequest, Var
 from .form import read_form
 from .models import check_model
 from .sse import EventStream
+from .trail import trail_of
 from .uploads import FILES, Pictures, from_form, from_json
 
 router = APIRouter()
@@ -106,6 +107,7 @@ async def _draw(
         if pictures.images
         else _resolve(asked, pictures, context)
     )
+    trail_of(http).asked = first
     look = Look(
         size=f"{first.width}x{first.height}",
         quality=QUALITIES[asked.quality] or "high",
@@ -128,4 +130,5 @@ async def _generate(http: HttpRequest, context: Context, requests: list[Request]
     async with aclosing(interleave(streams, lambda: disconnection(http))) as events:
         async for index, event in events:
             context.metrics.observe(event)
+            trail_of(http).add(event)
             yield index, event

@@ -35,6 +35,8 @@ class Metrics:
         self.batch = Histogram(
             "darkroom_batch_size", "Pictures in a denoising step.", registry=registry, buckets=(1, 2, 4, 8, 16, 32)
         )
+        self.usual_seconds: float | None = None
+        """What a picture takes of the workers' time, by the last ones: as often a place in the queue becomes free."""
 
     def count(self, route: str, status: int) -> None:
         """Count one request by the status of its answer, or by the one that it would have got."""
@@ -51,6 +53,8 @@ class Metrics:
                 self.pictures.inc()
                 for stage, seconds in event.stages.items():
                     self.stages.labels(stage).observe(seconds)
+                work = sum(seconds for stage, seconds in event.stages.items() if stage != "queue")
+                self.usual_seconds = (work + (self.usual_seconds or work)) / 2
 
     async def scrape(self, client: EngineClient) -> Response:
         """The gauges are what the engine says now; unknown if it says nothing."""

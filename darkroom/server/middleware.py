@@ -1,23 +1,62 @@
-"""The outermost layer of the app."""
+"""The outermost layers of the app."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
+from collections.abc import Sequence
 from email.utils import formatdate
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import to_api_error
+from .drain import Drain
+from .errors import ApiError, to_api_error
 from .metrics import Metrics
+from .trail import KEY, Observer, Trail
 
 logger = logging.getLogger(__name__)
 
 
 class Outermost:
-    """Every answer gets an id of its own, every exception the error envelope, every outcome a count."""
+    """Every answer gets an id of its own, every outcome is counted and told to the observers."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, drain: Drain, observers: Sequence[Observer] = ()) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.drain = drain
+        self.observers = observers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        trail = scope[KEY] = Trail(f"req_{uuid.uuid4().hex}")
+        began = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                trail.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = trail.id
+                headers["date"] = formatdate(usegmt=True)
+                if self.drain.is_on:
+                    headers["connection"] = "close"  # the client's next request may reach another server
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            trail.status = trail.status or 500
+            self.metrics.count(getattr(scope.get("route"), "path", "unknown"), trail.status)
+            for observe in self.observers:
+                observe(trail, scope, time.perf_counter() - began)
+
+
+class Envelope:
+    """Every exception becomes the error object."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -27,32 +66,19 @@ class Outermost:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        id = f"req_{uuid.uuid4().hex}"
-        status: int | None = None
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = id
-                headers["date"] = formatdate(usegmt=True)
-            await send(message)
-
+        trail: Trail = scope[KEY]
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(scope, receive, send)
         except (Exception, asyncio.CancelledError) as e:  # which uvicorn raises in what it could not drain
-            error = to_api_error(e)
-            _log(id, error.status, e)
-            if status is None:
-                await error.response()(scope, receive, send_with_id)
-            status = error.status
-        finally:
-            self.metrics.count(getattr(scope.get("route"), "path", "unknown"), status or 500)
+            error = to_api_error(e, self.metrics.usual_seconds or 5.0)
+            _log(trail.id, error.status, e)
+            if trail.status is None:
+                await error.response()(scope, receive, send)
+            trail.status = error.status
 
 
 def _log(id: str, status: int, error: BaseException) -> None:
     if status == 500:
         logger.error("%s failed", id, exc_info=error)
-    elif status in (429, 499, 503):
+    elif not isinstance(error, ApiError) and status in (429, 499, 503):  # whose cause the client is not told
         logger.info("%s ended with %d: %r", id, status, error)

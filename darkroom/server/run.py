@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -17,81 +17,108 @@ import uvicorn
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import EngineConfig, ServeConfig
 from darkroom.configs.errors import ConfigError
+from darkroom.configs.logs import set_up_logging
 from darkroom.engine.launch import EngineProcess
 
 from .app import create_app
 from .client import EngineClient, EngineError
+from .drain import Drain
+from .tls import tls_context
 
-_DRAIN_SECONDS = 2
-"""What a request that is under way gets to end by itself once the server is told to stop."""
+_STOP_SECONDS = 2
+"""What a request that is under way gets to end by itself at an interrupt, and after the drain at SIGTERM."""
 
 
 def run_server(config: ServeConfig, engine_config: EngineConfig, capabilities: Capabilities, table: str) -> int:
     """Serve; returns the exit code. Raises ConfigError for an address that cannot be had."""
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s server: %(message)s")
+    set_up_logging(config.log_level, config.log_format, "server")
+    tls = tls_context(config)
     listener = _listen(config)
-    print(f"{table}\n  {'address':<10} {_url(listener)}", flush=True)
+    url = _url(listener, "https" if tls else "http") + config.root_path
+    print(f"{table}\n  {'address':<10} {url}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn handles them, and raises them again when it has stopped
         signal.signal(number, lambda *_: None)
     with listener, EngineProcess(engine_config) as engine:
-        return asyncio.run(_serve(config, capabilities, engine, listener))
+        return asyncio.run(_serve(config, capabilities, engine, listener, tls, url))
 
 
 async def _serve(
-    config: ServeConfig, capabilities: Capabilities, engine: EngineProcess, listener: socket.socket
+    config: ServeConfig,
+    capabilities: Capabilities,
+    engine: EngineProcess,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    url: str,
 ) -> int:
-    client = EngineClient(engine.address)
-    app = create_app(
-        capabilities=capabilities,
-        served_name=config.served_name,
-        client=client,
-        limits=config,
-        folder=engine.run_dir,  # which goes when the engine does, however this process ends
-    )
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            date_header=False,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
+    with contextlib.closing(EngineClient(engine.address)) as client:
+        app = create_app(
+            capabilities=capabilities,
+            served_name=config.served_name,
+            client=client,
+            operations=config,
+            limits=config,
+            folder=engine.run_dir,  # which goes when the engine does, however this process ends
         )
-    )
-    following = asyncio.create_task(_follow(client, listener, server))
-    _when_ended(engine, lambda code: _engine_lost(client, server, code))
-    await server.serve(sockets=[listener])
-    following.cancel()
-    client.close()
-    return _exit_code(client)
+        server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                date_header=False,
+                timeout_graceful_shutdown=_STOP_SECONDS,
+                forwarded_allow_ips=config.forwarded_allow_ips,
+                ssl_context_factory=(lambda *_: tls) if tls else None,
+            ),
+            app.state.context.drain,
+            config.drain_timeout,
+        )
+        following = asyncio.create_task(_follow(client, url, server))
+        _when_ended(engine, lambda code: _engine_lost(client, server, code))
+        await server.serve(sockets=[listener])
+        following.cancel()
+        return _exit_code(client)
 
 
 class _Server(uvicorn.Server):
-    """Sleeps until it is told to stop; uvicorn's own loop looks ten times a second, and renews its Date header."""
+    """Sleeps until it is told to stop; uvicorn's own loop looks ten times a second, and renews its Date header.
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    SIGTERM lets what runs end, and nothing new begin; an interrupt, or a second signal, does not wait for it.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain, drain_timeout: float) -> None:
         super().__init__(config)
+        self._drain = drain
+        self._drain_timeout = drain_timeout
         self._told = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def stop(self) -> None:
+        """At once."""
         self.should_exit = True
+        self._drain.hurry()
         self._told.set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        self._loop.call_soon_threadsafe(self._told.set)  # a signal handler alone does not wake the loop
+        is_first = not self._captured_signals
+        self.force_exit |= self.should_exit and sig == signal.SIGINT
+        self._captured_signals.append(sig)
+        call = self._told.set if sig == signal.SIGTERM and is_first else self.stop
+        self._loop.call_soon_threadsafe(call)  # a signal handler alone does not wake the loop
 
     async def main_loop(self) -> None:
         await self._told.wait()
+        if not self.should_exit:
+            await self._drain.finish(self._drain_timeout)
+        self.should_exit = True
 
 
-async def _follow(client: EngineClient, listener: socket.socket, server: _Server) -> None:
+async def _follow(client: EngineClient, url: str, server: _Server) -> None:
     """Say when the model is loaded, and again after workers were lost; end the server if it cannot be."""
     was_ready = False
     while (status := await client.changed()).state != "failed":
         if (is_ready := status.state == "ready") and not was_ready:
-            print(f"ready: {_url(listener)}/v1", flush=True)
+            print(f"ready: {url}/v1", flush=True)
         was_ready = is_ready
     print(f"darkroom: {status.detail}", file=sys.stderr, flush=True)
     server.stop()
@@ -133,6 +160,6 @@ def _listen(config: ServeConfig) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

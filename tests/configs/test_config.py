@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 from diffusers.models.attention_dispatch import AttentionBackendName
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from darkroom.configs import CheckConfig, ConfigError, EngineConfig, GenerateConfig, SamplingParams, ServeConfig
 from darkroom.configs.config import AttentionBackend, engine_config
@@ -35,6 +35,7 @@ ENGINE_FLAGS = [
     ("--dtype", "float16", "dtype", "float16"),
     ("--attention-backend", "_native_math", "attention_backend", "_native_math"),
     ("--log-level", "debug", "log_level", "debug"),
+    ("--log-format", "json", "log_format", "json"),
     ("--max-queue", "7", "max_queue", 7),
     ("--max-queue-mb", "7", "max_queue_mb", 7),
     ("--step-timeout", "2.5", "step_timeout", 2.5),
@@ -51,6 +52,20 @@ SERVE_FLAGS = [
     ("--max-field-kb", "7", "max_field_kb", 7),
     ("--url-seconds", "7", "url_seconds", 7),
     ("--url-storage-mb", "7", "url_storage_mb", 7),
+    ("--api-key", "secret-1", "api_key", [SecretStr("secret-1")]),
+    ("--api-key-file", "keys", "api_key_file", Path("keys")),
+    ("--protect-metrics", None, "protect_metrics", True),
+    ("--protect-docs", None, "protect_docs", True),
+    ("--rate-limit", "60/minute", "rate_limit", "60/minute"),
+    ("--max-concurrent-per-key", "2", "max_concurrent_per_key", 2),
+    ("--cors-origin", "https://a.example", "cors_origin", ["https://a.example"]),
+    ("--allow-remote-media", "*.a.example", "allow_remote_media", ["*.a.example"]),
+    ("--log-prompts", None, "log_prompts", True),
+    ("--otlp-endpoint", "http://127.0.0.1:4318", "otlp_endpoint", "http://127.0.0.1:4318"),
+    ("--drain-timeout", "2.5", "drain_timeout", 2.5),
+    ("--root-path", "/a/b", "root_path", "/a/b"),
+    ("--forwarded-allow-ips", "10.0.0.1", "forwarded_allow_ips", "10.0.0.1"),
+    ("--ssl-certfile", "a.pem", "ssl_certfile", Path("a.pem")),
 ]
 GENERATE_FLAGS = [
     ("--output", "a.jpg", "output", Path("a.jpg")),
@@ -114,6 +129,8 @@ def test_a_flag_sets_its_field(command: Command, flag: str, text: str | None, na
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_field_has_a_row_above(command: Command) -> None:
     tested = {name for _, _, name, _ in FLAGS[command]}
+    if command is ServeConfig:
+        tested |= {"ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"}  # need --ssl-certfile: see test_operations.py
     assert tested | {"model", "prompt", "config"} == set(command.model_fields) | {"prompt"}
 
 
@@ -216,7 +233,7 @@ def file(tmp_path: Path) -> Path:
 
 FLAGS_ALONE = ("-o", "--no-vae-use-tiling")
 """Spellings of the command line that are no keys."""
-STRINGS = ("negative_prompt", "revision")
+STRINGS = ("negative_prompt", "revision", "allow_remote_media")
 
 
 def spellings(flag: str) -> set[str]:
@@ -254,7 +271,7 @@ def test_an_unknown_key_is_named_with_those_that_are_known(key: str, file: Path)
     """MODEL is no flag: a key that the command line always overrules would be ignored silently."""
     file.write_text(f"{json.dumps(key)}: 2")
     message = error(ServeConfig, "--config", str(file))
-    assert f"unknown key {key!r}; known: attention-backend, cfg, " in message
+    assert f"unknown key {key!r}; known: allow-remote-media, api-key, " in message
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -16,6 +17,7 @@ import uvicorn
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
+from darkroom.configs.operations import OperationsConfig
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
 
@@ -60,12 +62,23 @@ class Server:
 
 @contextmanager
 def serving(
-    engine: ScriptedEngine, name: str = NAME, capabilities: Capabilities = CAPABILITIES, limits: Limits | None = None
+    engine: ScriptedEngine,
+    name: str = NAME,
+    capabilities: Capabilities = CAPABILITIES,
+    limits: Limits | None = None,
+    **flags: Any,
 ) -> Iterator[Server]:
+    """With the flags of `OperationsConfig`."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio overlooks it where it did not bind
     client = EngineClient(engine.address)
-    app = create_app(capabilities=capabilities, served_name=name, client=client, limits=limits or Limits())
+    app = create_app(
+        capabilities=capabilities,
+        served_name=name,
+        client=client,
+        operations=OperationsConfig(**flags),
+        limits=limits or Limits(),
+    )
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
     loops: list[asyncio.AbstractEventLoop] = []
 

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
+import httpx
+import pytest
+
 from darkroom.engine.messages import Status
+
+from .conftest import serving
 
 
 def test_health_is_the_engines_word(http, engine):
@@ -50,3 +56,34 @@ def test_the_server_imports_no_torch():
     assert not any(
         module.startswith(("darkroom.models", "darkroom.parallel", "darkroom.engine.w")) for module in modules
     )
+
+
+def test_the_version(http):
+    assert http.get("/version").json() == {"version": importlib.metadata.version("darkroom")}
+
+
+@pytest.mark.parametrize("origins", [["https://a.example", "https://b.example"], ["*"]])
+def test_pages_of_named_origins_may_ask_and_read_refusals_too(engine, origins):
+    with serving(engine, cors_origin=origins, api_key=["sk-1"]) as server, httpx.Client(base_url=server.url) as client:
+        asked = {
+            "origin": "https://a.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type,x-stainless-os",
+        }
+        preflight = client.options("/v1/images/generations", headers=asked)
+        assert preflight.status_code == 200
+        assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
+        for headers in ({}, {"authorization": "Bearer sk-1"}):
+            answer = client.post("/v1/images/generations", headers=headers | {"origin": "https://a.example"})
+            assert answer.status_code in (401, 415)
+            assert answer.headers["access-control-allow-origin"] in ("*", "https://a.example")
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+            assert "access-control-allow-credentials" not in answer.headers
+        other = client.get("/health", headers={"origin": "https://evil.example"})
+        assert other.headers.get("access-control-allow-origin") == ("*" if origins == ["*"] else None)
+        assert all(answer.headers["x-request-id"] for answer in (preflight, other))
+
+
+def test_what_is_off_is_not_imported():
+    code = "import sys, darkroom.server.app; print('opentelemetry.sdk' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import httpx
+import msgspec
 import openai
 import pytest
 
@@ -8,7 +10,8 @@ from darkroom.engine.messages import Status
 from darkroom.server.client import EngineError
 from darkroom.server.errors import ApiError, to_api_error
 
-from .engine import failing
+from .conftest import serving
+from .engine import failing, finished
 
 
 @pytest.mark.parametrize(
@@ -46,11 +49,12 @@ def test_other_methods_are_405_and_say_what_is_allowed(http, method, path, allow
     [
         ("internal", openai.InternalServerError, "server_error", None, ("x-should-retry", "false")),
         ("unavailable", openai.InternalServerError, "server_error", None, ("retry-after", "10")),
-        ("busy", openai.RateLimitError, "rate_limit_error", "rate_limit_exceeded", ("retry-after", "5")),
+        ("busy", openai.RateLimitError, "rate_limit_error", "rate_limit_exceeded", ("retry-after", "1")),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_the_engine_refuses(sdk, engine, reason, error, kind, code, header, stream):
+    sdk.images.generate(prompt="x")  # takes 0.6 s by its own word, after which there is a place in the queue
     engine.script = failing(reason)
     with pytest.raises(error) as caught:
         sdk.images.generate(prompt="x", stream=stream)
@@ -58,6 +62,24 @@ def test_what_the_engine_refuses(sdk, engine, reason, error, kind, code, header,
     assert (caught.value.type, caught.value.code, caught.value.param) == (kind, code, None)
     assert caught.value.response.headers[header[0]] == header[1]
     assert "secret" not in str(caught.value)
+
+
+def test_a_full_queue_says_how_long_a_picture_takes(engine):
+    def script(message):
+        yield msgspec.structs.replace(finished(message), stages={"queue": 900.0, "denoise": 40.0, "decode": 1.3})
+
+    def post(server):
+        return httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "x"}, timeout=30)
+
+    with serving(engine) as server:
+        engine.script = failing("busy")
+        assert post(server).headers["retry-after"] == "5"  # nothing is known yet
+        engine.script = script
+        assert post(server).status_code == 200
+        engine.script = failing("busy")
+        answer = post(server)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "42")
+        assert "Try again in 42 s." in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("state", ["starting", "restarting", "failed"])

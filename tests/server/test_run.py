@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import base64
 import io
+import json
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -23,10 +25,12 @@ import numpy as np
 import openai
 import psutil
 import pytest
+import trustme
 from openai import OpenAI
 from PIL import Image
 
 from darkroom.models.checkpoint import DEMO
+from darkroom.server.keys import hashed_line
 from tests.tiny import qwen_image_edit
 
 PROMPT = "three yellow stars on a blue background"
@@ -73,8 +77,8 @@ def start(*arguments: str, stderr: int | None = None) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def serve(*arguments: str) -> Iterator[Server]:
-    process = start(*arguments)
+def serve(*arguments: str, stderr: int | None = None) -> Iterator[Server]:
+    process = start(*arguments, stderr=stderr)
     try:
         printed = ""
         assert process.stdout is not None
@@ -350,7 +354,7 @@ def test_without_an_engine_the_server_ends() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
     before = run_folders()
-    with serve("demo", "--ring", "2") as server, ThreadPoolExecutor(1) as pool:
+    with serve("demo", "--ring", "2", "--drain-timeout", "0") as server, ThreadPoolExecutor(1) as pool:
         request = pool.submit(server.picture, extra_body={"num_inference_steps": 200})
         assert wait_until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 1)
         options = {"response_format": "url", "extra_body": {"num_inference_steps": 2}}
@@ -367,6 +371,66 @@ def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
         assert wait_until(lambda: not any(folder.exists() for folder in made))
         with pytest.raises(openai.APIError):
             request.result(5)
+
+
+def test_sigterm_lets_what_runs_end_and_a_second_one_does_not() -> None:
+    with serve("demo") as server, ThreadPoolExecutor(2) as pool:
+        request = pool.submit(server.picture, extra_body={"num_inference_steps": 60})
+        assert wait_until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 1)
+        server.process.send_signal(signal.SIGTERM)
+        assert wait_until(lambda: httpx.get(f"{server.url}/health").json()["status"] == "draining")
+        with pytest.raises(openai.InternalServerError, match="takes no new work") as caught:
+            server.picture()
+        assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "10")
+        assert request.result(60).shape == (128, 128, 3)
+        assert server.process.wait(15) == 0
+    with serve("demo") as server, ThreadPoolExecutor(2) as pool:
+        request = pool.submit(server.picture, extra_body={"num_inference_steps": 200}, size="512x512")
+        assert wait_until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 1)
+        for _ in range(2):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        assert server.process.wait(15) == 0
+        with pytest.raises(openai.APIError):
+            request.result(5)
+
+
+def test_all_that_guards_a_server_at_once(tmp_path: Path) -> None:
+    """TLS, a key file, JSON logs of every process, and a key that nothing shows."""
+    key, authority = "sk-0123456789abcdef", trustme.CA()
+    certificate, keys, logs = (tmp_path / name for name in ("tls.pem", "keys", "log"))
+    certificate.write_bytes(authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.bytes())
+    keys.write_text(hashed_line("alice", key))
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    flags = ["--ssl-certfile", str(certificate), "--api-key-file", str(keys), "--log-format", "json"]
+    with logs.open("w") as stderr, serve("demo", *flags, stderr=stderr.fileno()) as server:
+        assert server.url.startswith("https://")
+        client = httpx.Client(verify=trust, timeout=30)
+        sdk = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, http_client=client)
+        assert sdk.images.generate(prompt=PROMPT, extra_body={"num_inference_steps": 2}).data
+        with pytest.raises(openai.AuthenticationError):
+            sdk.with_options(api_key="sk-other").images.generate(prompt=PROMPT)
+        assert key not in str([process.cmdline() for process in [psutil.Process(server.process.pid), *server.tree]])
+    lines = [json.loads(line) for line in logs.read_text().splitlines()]
+    assert [(line["status"], line.get("key")) for line in lines if line["message"] == "request"] == [
+        (200, "alice"), (401, None),
+    ]  # fmt: skip
+    assert key not in logs.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--api-key-file", "/nowhere"], "--api-key-file /nowhere: No such file"),
+        (["--ssl-certfile", "/nowhere"], "--ssl-certfile /nowhere: cannot be used"),
+        (["--api-key", "schlüssel"], "printable ASCII"),
+    ],
+)
+def test_what_cannot_guard_a_server_ends_it(flags: list[str], words: str) -> None:
+    process = start("demo", *flags, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=START_SECONDS)
+    assert (process.returncode, words in errors, "schlüssel" in errors) == (2, True, False)
 
 
 def alive(process: psutil.Process) -> bool:

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+
+from darkroom.configs.errors import ConfigError
+from darkroom.configs.operations import OperationsConfig
+from darkroom.server.tls import tls_context
+
+
+def test_without_a_certificate_there_is_no_tls() -> None:
+    assert tls_context(OperationsConfig()) is None
+
+
+def test_files_that_can_be_used(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost")
+    chain, key, both, roots = (tmp_path / name for name in ("chain.pem", "key.pem", "both.pem", "roots.pem"))
+    chain.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    key.write_bytes(issued.private_key_pem.bytes())
+    both.write_bytes(issued.private_key_and_cert_chain_pem.bytes())
+    roots.write_bytes(authority.cert_pem.bytes())
+    assert tls_context(OperationsConfig(ssl_certfile=both))
+    context = tls_context(OperationsConfig(ssl_certfile=chain, ssl_keyfile=key, ssl_ca_certs=roots))
+    assert context and context.verify_mode == ssl.CERT_REQUIRED
+
+
+@pytest.mark.parametrize("what", ["missing", "nonsense", "no key", "bad authority"])
+def test_files_that_cannot(tmp_path: Path, what: str) -> None:
+    issued = trustme.CA().issue_cert("localhost")
+    file, bad = tmp_path / "file.pem", tmp_path / "bad.pem"
+    file.write_bytes(issued.private_key_and_cert_chain_pem.bytes())
+    bad.write_bytes(issued.cert_chain_pems[0].bytes() if what == "no key" else b"nonsense")
+    config = {
+        "missing": {"ssl_certfile": tmp_path / "none.pem"},
+        "nonsense": {"ssl_certfile": bad},
+        "no key": {"ssl_certfile": bad},
+        "bad authority": {"ssl_certfile": file, "ssl_ca_certs": bad},
+    }[what]
+    with pytest.raises(ConfigError, match=r"^--ssl-(certfile|ca-certs) .*: cannot be used: "):
+        tls_context(OperationsConfig(**config))
+
+
+def test_an_encrypted_key_without_its_password_is_an_error(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    issued = trustme.CA().issue_cert("localhost")
+    key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)
+    encrypted = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"pw")
+    )
+    chain, file = tmp_path / "chain.pem", tmp_path / "key.pem"
+    chain.write_bytes(issued.cert_chain_pems[0].bytes())
+    file.write_bytes(encrypted)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        tls_context(OperationsConfig(ssl_certfile=chain, ssl_keyfile=file))
+    assert tls_context(OperationsConfig(ssl_certfile=chain, ssl_keyfile=file, ssl_keyfile_password="pw"))
