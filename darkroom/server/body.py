@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -37,11 +38,11 @@ M = TypeVar("M", bound=BaseModel)
 
 async def read_json(request: Request, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """The body of an `application/json` request, which must be an object. Raises `ApiError`."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        message = f"Unsupported content type '{media_type[:80]}': expected 'application/json'."
+    if media_type(request) != "application/json":
+        message = f"Unsupported content type '{media_type(request)[:80]}': expected 'application/json'."
         raise ApiError(415, message, code="unsupported_content_type")
-    data = await _read(request, limit)
+    data = bytearray()
+    await receive(request, limit, data.extend)
     try:
         body = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -68,20 +69,25 @@ async def disconnection(request: Request) -> NoReturn:
     raise ClientDisconnect
 
 
-async def _read(request: Request, limit: int) -> bytes:
+def media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def receive(request: Request, limit: int, write: Callable[[bytes], object]) -> None:
+    """Hand over the body as it comes. Raises `ApiError` for one that is too large or too slow."""
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
-    data = bytearray()
+    size = 0
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for chunk in request.stream():
-                data += chunk
-                if len(data) > limit:
+                size += len(chunk)
+                if size > limit:
                     raise too_large
+                write(chunk)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {_BODY_SECONDS:g} seconds.") from None
-    return bytes(data)
 
 
 def _request_error(error: ErrorDetails, model: type[BaseModel]) -> RequestError:
