@@ -14,22 +14,29 @@ from starlette.responses import Response
 
 from darkroom.configs.capabilities import Capabilities
 
-from . import images, models
+from . import images, models, videos
 from .client import EngineClient, EngineError
 from .context import Context, Shared
 from .errors import ErrorEnvelope, http_exception
+from .metrics import Metrics
 from .middleware import Outermost
+from .runner import VideoRunner, VideoStores
 
 
-def create_app(*, capabilities: Capabilities, served_name: str, client: EngineClient) -> FastAPI:
-    """The caller closes `client`, and tells it by `fail_all` when the engine's process has died."""
+def create_app(
+    *, capabilities: Capabilities, served_name: str, client: EngineClient, stores: VideoStores | None = None
+) -> FastAPI:
+    """The caller closes `client` and `stores`, and tells `client` by `fail_all` when the engine's process has died."""
+    metrics = Metrics()
+    runner = VideoRunner(stores, model=served_name, client=client, metrics=metrics) if stores else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        listener = asyncio.create_task(client.listen())
+        tasks = [asyncio.create_task(work) for work in (runner and runner.run(), client.listen()) if work]
         yield
-        listener.cancel()
-        await asyncio.gather(listener, return_exceptions=True)
+        for task in tasks:  # one after the other: the runner tells the engine what it need not go on with
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     failures: dict[int | str, dict[str, Any]] = {kind: {"model": ErrorEnvelope} for kind in ("4XX", "5XX")}
     app = FastAPI(
@@ -40,13 +47,16 @@ def create_app(*, capabilities: Capabilities, served_name: str, client: EngineCl
         docs_url=None,  # these pages load scripts from elsewhere; /openapi.json is the document
         redoc_url=None,
     )
-    app.state.context = context = Context(capabilities=capabilities, served_name=served_name, client=client)
-    app.add_middleware(Outermost, metrics=context.metrics)
+    app.state.context = Context(
+        capabilities=capabilities, served_name=served_name, client=client, metrics=metrics, videos=runner
+    )
+    app.add_middleware(Outermost, metrics=metrics)
     app.add_exception_handler(HTTPException, http_exception)
     app.include_router(images.router)
+    app.include_router(videos.router)
     app.include_router(models.router)
     app.add_api_route("/health", health)
-    app.add_api_route("/metrics", metrics, response_class=Response)
+    app.add_api_route("/metrics", scrape, response_class=Response)
     return app
 
 
@@ -63,6 +73,6 @@ async def health(context: Shared) -> Response:
     return JSONResponse(content, 503, {"Retry-After": "10"})
 
 
-async def metrics(context: Shared) -> Response:
+async def scrape(context: Shared) -> Response:
     """For Prometheus."""
     return await context.metrics.scrape(context.client)

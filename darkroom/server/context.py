@@ -12,6 +12,7 @@ from darkroom.configs.capabilities import Capabilities
 
 from .client import EngineClient
 from .metrics import Metrics
+from .runner import VideoRunner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Context:
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds."""
+    videos: VideoRunner | None = None
+    """None where the model makes no videos."""
 
 
 async def _context(request: Request) -> Context:

@@ -9,10 +9,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import EngineConfig, ServeConfig
@@ -21,6 +23,8 @@ from darkroom.engine.launch import EngineProcess
 
 from .app import create_app
 from .client import EngineClient, EngineError
+from .runner import VideoOptions, VideoStores, open_videos
+from .videos import makes_videos
 
 _DRAIN_SECONDS = 2
 """What a request that is under way gets to end by itself once the server is told to stop."""
@@ -40,8 +44,31 @@ def run_server(config: ServeConfig, engine_config: EngineConfig, capabilities: C
 async def _serve(
     config: ServeConfig, capabilities: Capabilities, engine: EngineProcess, listener: socket.socket
 ) -> int:
-    client = EngineClient(engine.address)
-    app = create_app(capabilities=capabilities, served_name=config.served_name, client=client)
+    async with _stores(config, capabilities) as stores:
+        client = EngineClient(engine.address)
+        app = create_app(capabilities=capabilities, served_name=config.served_name, client=client, stores=stores)
+        return await _run(app, client, engine, listener)
+
+
+@asynccontextmanager
+async def _stores(config: ServeConfig, capabilities: Capabilities) -> AsyncIterator[VideoStores | None]:
+    if not makes_videos(capabilities):
+        yield None
+        return
+    budget = config.disk_budget
+    options = VideoOptions(
+        ttl=config.job_ttl,
+        disk_budget=None if budget is None else int(budget * 1e9),
+        max_waiting=config.max_queue,
+        concurrency=config.max_videos,
+    )
+    folder = config.data_dir.expanduser()
+    places = {"database_url": config.database_url, "files_url": config.files_url}
+    async with open_videos(folder, **places, options=options) as stores:
+        yield stores
+
+
+async def _run(app: FastAPI, client: EngineClient, engine: EngineProcess, listener: socket.socket) -> int:
     server = _Server(
         uvicorn.Config(
             app,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
@@ -17,6 +18,7 @@ import uvicorn
 from darkroom.configs.capabilities import Capabilities
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
+from darkroom.server.runner import VideoOptions, VideoRunner, VideoStores, open_videos
 
 from .engine import ScriptedEngine, wait_until
 
@@ -50,28 +52,69 @@ class Server:
     client: EngineClient
     loop: asyncio.AbstractEventLoop
     uvicorn: uvicorn.Server
+    runner: VideoRunner | None = None
+
+
+VIDEO_CAPABILITIES = CAPABILITIES.override(
+    {
+        "tasks": ("text-to-video", "image-to-video"),
+        "max_images": 1,
+        "image_area": 128 * 128,
+        "default_size": (128, 96),
+        "num_inference_steps": 4,
+        "guidance_parameter": "guidance_scale",
+        "num_frames": 81,
+        "frame_multiple": 4,
+        "max_frames": 161,
+        "fps": 16,
+    }
+)
+QUICK = VideoOptions(ttl=3600, max_waiting=8, concurrency=2, lease=0.6, renewal=0.02, pause=0.05, cleaning=3600)
 
 
 @contextmanager
-def serving(engine: ScriptedEngine, name: str = NAME) -> Iterator[Server]:
+def serving(
+    engine: ScriptedEngine,
+    name: str = NAME,
+    *,
+    capabilities: Capabilities = CAPABILITIES,
+    folder: Path | None = None,
+    options: VideoOptions = QUICK,
+    database_url: str | None = None,
+    files_url: str | None = None,
+) -> Iterator[Server]:
+    """With a folder for models that make videos."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio overlooks it where it did not bind
     client = EngineClient(engine.address)
-    app = create_app(capabilities=CAPABILITIES, served_name=name, client=client)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
-    loops: list[asyncio.AbstractEventLoop] = []
+    running: list[Server] = []
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[VideoStores | None]:
+        if folder is None:
+            yield None
+            return
+        async with open_videos(folder, database_url=database_url, files_url=files_url, options=options) as stores:
+            yield stores
 
     async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        await server.serve(sockets=[listener])
+        async with opened() as stores:
+            app = create_app(capabilities=capabilities, served_name=name, client=client, stores=stores)
+            server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            runner = app.state.context.videos
+            running.append(Server(url, engine, client, asyncio.get_running_loop(), server, runner))
+            await server.serve(sockets=[listener])
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
     try:
-        assert wait_until(lambda: server.started and client.last_status == engine.status, 10)
-        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, client, loops[0], server)
+        assert wait_until(lambda: bool(running) and running[0].uvicorn.started, 10)
+        assert wait_until(lambda: client.last_status == engine.status, 10)
+        yield running[0]
     finally:
-        server.should_exit = True
+        if running:
+            running[0].uvicorn.should_exit = True
         thread.join()
         client.close()
         listener.close()
