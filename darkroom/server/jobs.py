@@ -7,15 +7,16 @@ that it does not.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -26,6 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
 
+T = TypeVar("T")
 Status = Literal["queued", "in_progress", "completed", "failed"]
 
 METADATA = sa.MetaData()
@@ -125,6 +127,11 @@ class JobStore:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._under_way: set[asyncio.Task[Any]] = set()
+
+    async def settle(self) -> None:
+        """Wait for what is under way."""
+        await asyncio.gather(*self._under_way, return_exceptions=True)
 
     async def add(self, job: Job) -> None:
         await self._change(sa.insert(JOBS).values(**asdict(job)))
@@ -198,23 +205,31 @@ class JobStore:
 
     async def claims(self) -> dict[str, str]:
         """Every job's claim by its id: the files that belong to something."""
-        async with self._engine.connect() as connection:
-            return {id: claim for id, claim in await connection.execute(sa.select(JOBS.c.id, JOBS.c.claim))}
+        return dict(await self._run(sa.select(JOBS.c.id, JOBS.c.claim), lambda result: [tuple(row) for row in result]))
 
     async def _change(self, statement: sa.UpdateBase) -> bool:
-        async with self._engine.connect() as connection:
-            return (await connection.execute(statement)).rowcount == 1
+        return await self._run(statement, lambda result: result.rowcount) == 1
 
     async def _all(self, query: sa.Select[Any]) -> Sequence[Job]:
-        async with self._engine.connect() as connection:
-            return [Job(**row) for row in (await connection.execute(query)).mappings()]
+        return await self._run(query, lambda result: [Job(**row) for row in result.mappings()])
 
     async def _first(self, query: sa.Select[Any]) -> Job | None:
         return next(iter(await self._all(query)), None)
 
     async def _scalar(self, query: sa.Select[Any]) -> Any:
-        async with self._engine.connect() as connection:
-            return (await connection.execute(query)).scalar_one()
+        return await self._run(query, lambda result: result.scalar_one())
+
+    async def _run(self, statement: sa.Executable, read: Callable[[sa.CursorResult[Any]], T]) -> T:
+        """To the end, even if the caller is cancelled: else it would be open whether the statement takes effect."""
+
+        async def run() -> T:
+            async with self._engine.connect() as connection:
+                return read(await connection.execute(statement))
+
+        task = asyncio.create_task(run())
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
 
 
 def _held(job: Job) -> sa.ColumnElement[bool]:
@@ -225,16 +240,17 @@ def _held(job: Job) -> sa.ColumnElement[bool]:
 @asynccontextmanager
 async def open_jobs(url: str) -> AsyncIterator[JobStore]:
     """The store behind a SQLAlchemy URL, its tables brought up to date. Raises `ConfigError`."""
-    try:
-        engine = _engine(url)
-        await _migrate(engine)
-    except Exception as e:  # each driver raises errors of its own
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
-        raise ConfigError(f"--database-url {_without_password(url)}: cannot be used: {reason}") from e
-    try:
-        yield JobStore(engine)
-    finally:
-        await engine.dispose()
+    async with AsyncExitStack() as stack:
+        try:
+            engine = _engine(url)
+            stack.push_async_callback(engine.dispose)
+            await _migrate(engine)
+        except Exception as e:  # each driver raises errors of its own
+            reason = " ".join(str(e).split())[:300] or type(e).__name__
+            raise ConfigError(f"--database-url {_without_password(url)}: cannot be used: {reason}") from e
+        jobs = JobStore(engine)
+        stack.push_async_callback(jobs.settle)
+        yield jobs
 
 
 def _engine(url: str) -> AsyncEngine:
@@ -243,6 +259,8 @@ def _engine(url: str) -> AsyncEngine:
     parsed = parsed.set(drivername=drivers.get(parsed.drivername, parsed.drivername))
     engine = create_async_engine(parsed, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
     if parsed.get_backend_name() == "sqlite":
+        with open(parsed.database or "", "ab"):  # raises what is wrong; the driver's thread would print it
+            pass
         sa.event.listen(engine.sync_engine, "connect", _tune_sqlite)
     return engine
 

@@ -82,8 +82,8 @@ class VideoRunner:
         self._model = model
         self._client = client
         self._metrics = metrics
-        self._running: dict[str, asyncio.Task[None]] = {}
-        """By the job's id."""
+        self._running: dict[asyncio.Task[None], str] = {}
+        """With their jobs' ids: two have the same when this server was stalled, and took its own job over."""
         self._news = asyncio.Event()
 
     @property
@@ -108,8 +108,9 @@ class VideoRunner:
         """Whether it was still there. Stops its work, on another server within a second."""
         if not await self.jobs.delete(job.id):
             return False
-        if task := self._running.get(job.id):
-            task.cancel()
+        for task, id in self._running.items():
+            if id == job.id:
+                task.cancel()
         await self.files.delete(_picture_name(job), *_names(job))
         return True
 
@@ -125,7 +126,7 @@ class VideoRunner:
                         await self._news.wait()
                 self._news.clear()
         finally:
-            tasks = [cleaning, *self._running.values()]
+            tasks = [cleaning, *self._running]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -161,11 +162,12 @@ class VideoRunner:
         while len(self._running) < self.options.concurrency and self._client.last_status.state == "ready":
             if (job := await self.jobs.claim(self._model, self.options.lease)) is None:
                 return
-            task = self._running[job.id] = asyncio.create_task(self._run(job))
-            task.add_done_callback(lambda _, id=job.id: self._ended(id))  # type: ignore[misc]
+            task = asyncio.create_task(self._run(job))
+            self._running[task] = job.id
+            task.add_done_callback(self._ended)
 
-    def _ended(self, id: str) -> None:
-        del self._running[id]
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
         self._news.set()
 
     async def _run(self, job: Job) -> None:

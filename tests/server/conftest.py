@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -157,3 +165,83 @@ def http(server: Server, _clients: tuple[httpx.Client, openai.OpenAI]) -> httpx.
 @pytest.fixture
 def sdk(server: Server, _clients: tuple[httpx.Client, openai.OpenAI]) -> openai.OpenAI:
     return _clients[1]
+
+
+@pytest.fixture(scope="session")
+def _postgresql() -> Iterator[tuple[Path, int]]:
+    """A real server. It does not run as root, so that its folder is another user's."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("initdb") or "/none/x").parent]
+    if not (found[-1] / "initdb").exists():
+        pytest.skip("PostgreSQL is not installed: there is no initdb")
+    user = {"user": "postgres"} if os.geteuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    if user:
+        shutil.chown(folder, "postgres")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/", **user}
+    try:
+        initdb = [found[-1] / "initdb", "-D", folder / "data", "-A", "trust", "-U", "darkroom", "-E", "UTF8"]
+        subprocess.run(initdb, check=True, timeout=60, **quiet)
+        options = ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-p", str(port), "-k", str(folder)]
+        server = subprocess.Popen([found[-1] / "postgres", "-D", folder / "data", *options], **quiet)
+        ready = [found[-1] / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        deadline = time.monotonic() + 60
+        while subprocess.run(ready, **quiet).returncode and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield found[-1], port
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgresql(_postgresql) -> str:
+    """The URL of an empty database."""
+    binaries, port = _postgresql
+    name = f"t{uuid.uuid4().hex}"
+    subprocess.run([binaries / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "darkroom", name], check=True)
+    return f"postgresql://darkroom:word@127.0.0.1:{port}/{name}"
+
+
+@pytest.fixture(scope="session")
+def _s3(tmp_path_factory) -> Iterator[str]:
+    """A real S3 server."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+    environment = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    try:
+        assert wait_until(lambda: _answers(environment["AWS_ENDPOINT_URL"]), 60)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            yield environment["AWS_ENDPOINT_URL"]
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+@pytest.fixture
+def s3(_s3) -> str:
+    """The URL of an empty bucket's part."""
+    name = f"b{uuid.uuid4().hex}"
+    httpx.put(f"{_s3}/{name}").raise_for_status()
+    return f"s3://{name}/some/prefix"
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -2,54 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from darkroom.configs.errors import ConfigError
 from darkroom.server.files import open_files
-
-from .engine import wait_until
-
-
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory) -> Iterator[str]:
-    """A real S3 server, with a bucket."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
-    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
-    environment = {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ALLOW_HTTP": "true",
-    }
-    try:
-        assert wait_until(lambda: _answers(environment["AWS_ENDPOINT_URL"]), 60)
-        httpx.put(f"{environment['AWS_ENDPOINT_URL']}/bucket").raise_for_status()
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            yield "s3://bucket/some/prefix"
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture(params=["folder", "s3"])
