@@ -128,6 +128,18 @@ class ServeConfig(Limits, OperationsConfig, EngineConfig, _CommandLine):
     served_model_name: str | None = Field(
         None, min_length=1, description="the model's id in the API, by default the hub id or the folder's name"
     )
+    data_dir: Path = Field(
+        Path("~/.local/share/darkroom"), description="folder for videos, and for the database of their jobs"
+    )
+    database_url: str | None = Field(
+        None, description="SQLAlchemy URL of that database, such as postgresql://...; by default SQLite in --data-dir"
+    )
+    files_url: str | None = Field(None, description="s3://bucket/prefix for videos; by default they are in --data-dir")
+    job_ttl: float = Field(86_400.0, gt=0, le=10**9, description="seconds after which a finished video is deleted")
+    disk_budget: float | None = Field(
+        None, gt=0, le=10**9, description="gigabytes of videos, beyond which the oldest are deleted; any, if not given"
+    )
+    max_videos: int = Field(1, ge=1, le=64, description="videos that are made at a time")
     omni: bool = Field(False, description="accepted and without effect: commands for vLLM-Omni work as they are")
 
     @property

@@ -19,7 +19,7 @@ from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
 from darkroom.configs.operations import OperationsConfig
 
-from . import answers, images, models
+from . import answers, images, models, videos
 from .access import AccessLog
 from .client import EngineClient, EngineError
 from .context import Context, Shared
@@ -28,7 +28,9 @@ from .fetch import Fetcher
 from .files import FileStore
 from .guard import Guard
 from .keys import Keys
+from .metrics import Metrics
 from .middleware import Envelope, Outermost
+from .runner import VideoRunner, VideoStores
 from .traces import Traces
 from .trail import Observer
 
@@ -46,21 +48,24 @@ def create_app(
     operations: OperationsConfig = _DEFAULTS,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     folder: Path | None = None,
+    stores: VideoStores | None = None,
 ) -> FastAPI:
-    """The caller closes `client`, and tells it by `fail_all` when the engine's process has died.
+    """The caller closes `client` and `stores`, and tells `client` by `fail_all` when the engine's process has died.
 
     What is kept on disk for a while goes into a folder of its own in `folder`, or where temporary files go. Raises
     `ConfigError`.
     """
-    files = FileStore(limits, folder)
+    metrics, files = Metrics(), FileStore(limits, folder)
+    runner = VideoRunner(stores, model=served_name, client=client, metrics=metrics) if stores else None
     traces = Traces(operations.otlp_endpoint) if operations.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        listener = asyncio.create_task(client.listen())
+        tasks = [asyncio.create_task(work) for work in (runner and runner.run(), client.listen()) if work]
         yield
-        listener.cancel()
-        await asyncio.gather(listener, return_exceptions=True)
+        for task in tasks:  # one after the other: the runner tells the engine what it need not go on with
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         files.close()
         if traces:
             await asyncio.to_thread(traces.close)
@@ -80,6 +85,8 @@ def create_app(
         client=client,
         limits=limits,
         files=files,
+        metrics=metrics,
+        videos=runner,
         fetcher=Fetcher(operations.allow_remote_media),
     )
     app.state.context = context
@@ -88,9 +95,10 @@ def create_app(
     app.add_exception_handler(HTTPException, http_exception)
     app.include_router(images.router)
     app.include_router(answers.router)
+    app.include_router(videos.router)
     app.include_router(models.router)
     app.add_api_route("/health", health)
-    app.add_api_route("/metrics", metrics, response_class=Response)
+    app.add_api_route("/metrics", scrape, response_class=Response)
     app.add_api_route("/version", version)
     return app
 
@@ -130,6 +138,6 @@ async def version() -> dict[str, str]:
     return {"version": _VERSION}
 
 
-async def metrics(context: Shared) -> Response:
+async def scrape(context: Shared) -> Response:
     """For Prometheus."""
     return await context.metrics.scrape(context.client)

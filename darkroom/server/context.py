@@ -16,6 +16,7 @@ from .drain import Drain
 from .fetch import Fetcher
 from .files import FileStore
 from .metrics import Metrics
+from .runner import VideoRunner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Context:
     fetcher: Fetcher = field(default_factory=Fetcher)
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds."""
+    videos: VideoRunner | None = None
+    """None where the model makes no videos."""
 
 
 async def _context(request: Request) -> Context:

@@ -147,6 +147,8 @@ def from_text(model: type[BaseModel], name: str, text: str) -> Any:
     annotation = model.model_fields[name].annotation
     kinds = {getattr(kind, "__origin__", kind) for kind in (annotation, *get_args(annotation))}
     value: Any = text
+    if str in kinds:
+        return text
     if bool in kinds:
         value, kind = _BOOLEANS.get(text.lower()), "'true' or 'false'"
     elif int in kinds:

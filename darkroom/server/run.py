@@ -9,7 +9,8 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import FrameType
 
 import uvicorn
@@ -23,7 +24,9 @@ from darkroom.engine.launch import EngineProcess
 from .app import create_app
 from .client import EngineClient, EngineError
 from .drain import Drain
+from .runner import VideoOptions, VideoStores, open_videos
 from .tls import tls_context
+from .videos import makes_videos
 
 _STOP_SECONDS = 2
 """What a request that is under way gets to end by itself at an interrupt, and after the drain at SIGTERM."""
@@ -50,8 +53,40 @@ async def _serve(
     tls: ssl.SSLContext | None,
     url: str,
 ) -> int:
+    async with _stores(config, capabilities) as stores:
+        return await _run(config, capabilities, engine, listener, tls, url, stores)
+
+
+@asynccontextmanager
+async def _stores(config: ServeConfig, capabilities: Capabilities) -> AsyncIterator[VideoStores | None]:
+    if not makes_videos(capabilities):
+        yield None
+        return
+    budget = config.disk_budget
+    options = VideoOptions(
+        ttl=config.job_ttl,
+        disk_budget=None if budget is None else int(budget * 1e9),
+        max_waiting=config.max_queue,
+        concurrency=config.max_videos,
+    )
+    folder = config.data_dir.expanduser()
+    places = {"database_url": config.database_url, "files_url": config.files_url}
+    async with open_videos(folder, **places, options=options) as stores:
+        yield stores
+
+
+async def _run(
+    config: ServeConfig,
+    capabilities: Capabilities,
+    engine: EngineProcess,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    url: str,
+    stores: VideoStores | None,
+) -> int:
     with contextlib.closing(EngineClient(engine.address)) as client:
         app = create_app(
+            stores=stores,
             capabilities=capabilities,
             served_name=config.served_name,
             client=client,

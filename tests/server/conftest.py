@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +29,7 @@ from darkroom.configs.config import Limits
 from darkroom.configs.operations import OperationsConfig
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
+from darkroom.server.runner import VideoOptions, VideoRunner, VideoStores, open_videos
 
 from .engine import ScriptedEngine, wait_until
 
@@ -58,6 +68,24 @@ class Server:
     client: EngineClient
     loop: asyncio.AbstractEventLoop
     uvicorn: uvicorn.Server
+    runner: VideoRunner | None = None
+
+
+VIDEO_CAPABILITIES = CAPABILITIES.override(
+    {
+        "tasks": ("text-to-video", "image-to-video"),
+        "max_images": 1,
+        "image_area": 128 * 128,
+        "default_size": (128, 96),
+        "num_inference_steps": 4,
+        "guidance_parameter": "guidance_scale",
+        "num_frames": 81,
+        "frame_multiple": 4,
+        "max_frames": 161,
+        "fps": 16,
+    }
+)
+QUICK = VideoOptions(ttl=3600, max_waiting=8, concurrency=2, lease=0.6, renewal=0.02, pause=0.05, cleaning=3600)
 
 
 @contextmanager
@@ -66,33 +94,52 @@ def serving(
     name: str = NAME,
     capabilities: Capabilities = CAPABILITIES,
     limits: Limits | None = None,
+    *,
+    folder: Path | None = None,
+    options: VideoOptions = QUICK,
+    database_url: str | None = None,
+    files_url: str | None = None,
     **flags: Any,
 ) -> Iterator[Server]:
-    """With the flags of `OperationsConfig`."""
+    """With the flags of `OperationsConfig`; with a folder for models that make videos."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio overlooks it where it did not bind
     client = EngineClient(engine.address)
-    app = create_app(
-        capabilities=capabilities,
-        served_name=name,
-        client=client,
-        operations=OperationsConfig(**flags),
-        limits=limits or Limits(),
-    )
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
-    loops: list[asyncio.AbstractEventLoop] = []
+    running: list[Server] = []
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[VideoStores | None]:
+        if folder is None:
+            yield None
+            return
+        async with open_videos(folder, database_url=database_url, files_url=files_url, options=options) as stores:
+            yield stores
 
     async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        await server.serve(sockets=[listener])
+        async with opened() as stores:
+            app = create_app(
+                capabilities=capabilities,
+                served_name=name,
+                client=client,
+                stores=stores,
+                operations=OperationsConfig(**flags),
+                limits=limits or Limits(),
+            )
+            server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            runner = app.state.context.videos
+            running.append(Server(url, engine, client, asyncio.get_running_loop(), server, runner))
+            await server.serve(sockets=[listener])
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
     try:
-        assert wait_until(lambda: server.started and client.last_status == engine.status, 10)
-        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, client, loops[0], server)
+        assert wait_until(lambda: bool(running) and running[0].uvicorn.started, 10)
+        assert wait_until(lambda: client.last_status == engine.status, 10)
+        yield running[0]
     finally:
-        server.should_exit = True
+        if running:
+            running[0].uvicorn.should_exit = True
         thread.join()
         client.close()
         listener.close()
@@ -172,3 +219,82 @@ def over(http_of: Callable[[str], httpx.Client]) -> httpx.Client:
 def edit(http_of: Callable[[str], httpx.Client]) -> httpx.Client:
     """To a model that edits pictures."""
     return http_of("edit")
+
+
+def _postgresql() -> Iterator[tuple[Path, int]]:
+    """A real server. It does not run as root, so that its folder is another user's."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("initdb") or "/none/x").parent]
+    if not (found[-1] / "initdb").exists():
+        pytest.skip("PostgreSQL is not installed: there is no initdb")
+    user = {"user": "postgres"} if os.geteuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    if user:
+        shutil.chown(folder, "postgres")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/", **user}
+    try:
+        initdb = [found[-1] / "initdb", "-D", folder / "data", "-A", "trust", "-U", "darkroom", "-E", "UTF8"]
+        subprocess.run(initdb, check=True, timeout=60, **quiet)
+        options = ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-p", str(port), "-k", str(folder)]
+        server = subprocess.Popen([found[-1] / "postgres", "-D", folder / "data", *options], **quiet)
+        ready = [found[-1] / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        deadline = time.monotonic() + 60
+        while subprocess.run(ready, **quiet).returncode and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield found[-1], port
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgresql(_postgresql) -> str:
+    """The URL of an empty database."""
+    binaries, port = _postgresql
+    name = f"t{uuid.uuid4().hex}"
+    subprocess.run([binaries / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "darkroom", name], check=True)
+    return f"postgresql://darkroom:word@127.0.0.1:{port}/{name}"
+
+
+@pytest.fixture(scope="session")
+def _s3(tmp_path_factory) -> Iterator[str]:
+    """A real S3 server."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+    environment = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    try:
+        assert wait_until(lambda: _answers(environment["AWS_ENDPOINT_URL"]), 60)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            yield environment["AWS_ENDPOINT_URL"]
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+@pytest.fixture
+def s3(_s3) -> str:
+    """The URL of an empty bucket's part."""
+    name = f"b{uuid.uuid4().hex}"
+    httpx.put(f"{_s3}/{name}").raise_for_status()
+    return f"s3://{name}/some/prefix"
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -12,7 +12,10 @@ from types import TracebackType
 from typing import Self
 
 import zmq
+from PIL import Image
 
+from darkroom.configs.request import Request
+from darkroom.engine.media import encode_video
 from darkroom.engine.messages import (
     Cancel,
     Event,
@@ -146,3 +149,18 @@ def wait_until(condition: Callable[[], bool], seconds: float = 1.0) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+def video(message: Generate) -> Iterator[Event | float]:
+    """The request's own number of steps, and then a real video of its size, length and rate."""
+    id, request = message.id, message.request
+    for step in range(1, request.num_inference_steps + 1):
+        yield Progress(id=id, step=step, num_steps=request.num_inference_steps, seconds=0.01, batch_size=1)
+        yield 0.005
+    frames = [_frame(request, i) for i in range(request.num_frames)]
+    yield finished(message, encode_video(frames, request.fps))
+
+
+def _frame(request: Request, index: int) -> Image.Image:
+    """A grey that grows from frame to frame."""
+    return Image.new("RGB", (request.width, request.height), (255 * index // max(request.num_frames - 1, 1),) * 3)

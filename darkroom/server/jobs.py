@@ -1,0 +1,296 @@
+"""The videos that clients have asked for, in a database: what was accepted outlives the server.
+
+A server that makes a video holds a claim on its job, and renews it. A claim that was not renewed in time is anyone's to
+take over. Every change names the claim that it is made under, so that of two servers one succeeds, and the other learns
+that it does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from darkroom.configs.errors import ConfigError
+from darkroom.configs.request import Request
+
+T = TypeVar("T")
+Status = Literal["queued", "in_progress", "completed", "failed"]
+
+METADATA = sa.MetaData()
+JOBS = sa.Table(
+    "video_jobs",
+    METADATA,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("progress", sa.Integer, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("completed_at", sa.BigInteger),
+    sa.Column("expires_at", sa.BigInteger),
+    sa.Column("seconds", sa.String(16), nullable=False),
+    sa.Column("remixed_from", sa.String(64)),
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_message", sa.Text),
+    sa.Column("request", sa.Text, nullable=False),
+    sa.Column("has_picture", sa.Boolean, nullable=False),
+    sa.Column("claim", sa.String(32), nullable=False),
+    sa.Column("lease", sa.Double, nullable=False),
+    sa.Column("crashes", sa.Integer, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Index("video_jobs_by_status", "status", "id"),
+)
+
+_FINISHED = ("completed", "failed")
+_ID = re.compile(r"video_[0-9a-f]{44}", re.ASCII)
+_LOCKS = {
+    "sqlite": ("SERIALIZABLE", "BEGIN IMMEDIATE"),
+    "postgresql": ("READ COMMITTED", "SELECT pg_advisory_xact_lock(7235421)"),
+}
+"""By database: an isolation level, and a statement that keeps two servers from migrating at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Times are in Unix seconds."""
+
+    id: str
+    model: str
+    status: Status = "queued"
+    progress: int = 0
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    """When a finished job is deleted."""
+    seconds: str
+    remixed_from: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    request: str
+    """JSON, without the picture that it may begin from."""
+    has_picture: bool = False
+    claim: str = ""
+    """Drawn anew each time that a server takes the job; names the files that it makes."""
+    lease: float = 0.0
+    """When the claim lapses, unless it is renewed."""
+    crashes: int = 0
+    """How often the engine's workers were lost while they had the job."""
+    size: int = 0
+    """Bytes of its files."""
+
+    @classmethod
+    def new(
+        cls, request: Request, *, model: str, seconds: str, remixed_from: str | None = None, size: int = 0
+    ) -> tuple[Job, bytes | None]:
+        """The job, and the picture that its request begins from."""
+        picture = request.images[0] if request.images else None
+        bare = msgspec.structs.replace(request, images=())
+        now = time.time()
+        job = cls(
+            id=f"video_{int(now * 1000):012x}{secrets.token_hex(16)}",
+            model=model,
+            created_at=int(now),
+            seconds=seconds,
+            remixed_from=remixed_from,
+            request=msgspec.json.encode(bare).decode(),
+            has_picture=picture is not None,
+            size=len(picture or b""),
+        )
+        return job, picture
+
+    def read_request(self, picture: bytes | None = None) -> Request:
+        """Raises msgspec.DecodeError for the request of a version that knew other fields."""
+        request = msgspec.json.decode(self.request, type=Request)
+        return request if picture is None else msgspec.structs.replace(request, images=(picture,))
+
+
+def is_id(id: str) -> bool:
+    """Whether it can be a job's. Such ids sort by the time of their creation, so a deleted one is a cursor, too."""
+    return bool(_ID.fullmatch(id))
+
+
+class JobStore:
+    """Each method is one statement, and so atomic in itself."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._under_way: set[asyncio.Task[Any]] = set()
+
+    async def settle(self) -> None:
+        """Wait for what is under way."""
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def add(self, job: Job) -> None:
+        await self._change(sa.insert(JOBS).values(**asdict(job)))
+
+    async def get(self, id: str) -> Job | None:
+        return await self._first(sa.select(JOBS).where(JOBS.c.id == id)) if is_id(id) else None
+
+    async def page(self, *, after: str | None, limit: int, newest_first: bool) -> Sequence[Job]:
+        query = sa.select(JOBS).order_by(JOBS.c.id.desc() if newest_first else JOBS.c.id).limit(limit)
+        if after is not None:
+            query = query.where(JOBS.c.id < after if newest_first else JOBS.c.id > after)
+        return await self._all(query)
+
+    async def waiting(self) -> int:
+        query = sa.select(sa.func.count()).where(JOBS.c.status == "queued")
+        return int(await self._scalar(query))
+
+    async def claim(self, model: str, lease: float) -> Job | None:
+        """Take the oldest job that waits, or whose claim has lapsed, for `lease` seconds."""
+        lapsed = sa.and_(JOBS.c.status == "in_progress", JOBS.c.lease < time.time())
+        free = sa.and_(JOBS.c.model == model, sa.or_(JOBS.c.status == "queued", lapsed))
+        while job := await self._first(sa.select(JOBS).where(free).order_by(JOBS.c.id).limit(1)):
+            taken = {"status": "in_progress", "claim": secrets.token_hex(16), "lease": time.time() + lease}
+            if await self._change(sa.update(JOBS).where(_held(job), free).values(**taken)):
+                return Job(**{**asdict(job), **taken})
+        return None
+
+    async def renew(self, job: Job, *, progress: int, lease: float) -> bool:
+        """False when the job is no longer held under this claim: it was deleted, or taken over."""
+        furthest = sa.case((JOBS.c.progress < progress, progress), else_=JOBS.c.progress)
+        return await self._change(
+            sa.update(JOBS).where(_held(job)).values(progress=furthest, lease=time.time() + lease)
+        )
+
+    async def release(self, job: Job, *, seconds: float = 0.0, crashed: bool = False) -> bool:
+        """Leave the job to whoever takes it next, after this many seconds."""
+        values = {"lease": time.time() + seconds, "crashes": JOBS.c.crashes + int(crashed)}
+        return await self._change(sa.update(JOBS).where(_held(job)).values(**values))
+
+    async def complete(self, job: Job, *, size: int, ttl: float) -> bool:
+        now = int(time.time())
+        values = {"status": "completed", "progress": 100, "completed_at": now, "expires_at": now + int(ttl)}
+        return await self._change(sa.update(JOBS).where(_held(job)).values(**values, size=JOBS.c.size + size))
+
+    async def fail(self, job: Job, *, code: str, message: str, ttl: float) -> bool:
+        values = {"status": "failed", "error_code": code, "error_message": message}
+        expires_at = int(time.time() + ttl)
+        return await self._change(sa.update(JOBS).where(_held(job)).values(**values, expires_at=expires_at))
+
+    async def delete(self, id: str) -> bool:
+        return is_id(id) and await self._change(sa.delete(JOBS).where(JOBS.c.id == id))
+
+    async def expired(self) -> Sequence[Job]:
+        return await self._all(sa.select(JOBS).where(JOBS.c.expires_at <= time.time()))
+
+    async def forgotten(self, seconds: float) -> Sequence[Job]:
+        """Jobs that no server has taken for so long, as when their model is no longer served."""
+        before = time.time() - seconds
+        idle = sa.and_(JOBS.c.created_at < before, JOBS.c.lease < before)
+        return await self._all(sa.select(JOBS).where(JOBS.c.status.not_in(_FINISHED), idle))
+
+    async def size(self) -> int:
+        """Bytes of all files."""
+        return int(await self._scalar(sa.select(sa.func.coalesce(sa.func.sum(JOBS.c.size), 0))))
+
+    async def evictable(self) -> Job | None:
+        """The video that was completed first, unless it is the only one."""
+        completed = sa.select(JOBS).where(JOBS.c.status == "completed")
+        found = await self._all(completed.order_by(JOBS.c.completed_at, JOBS.c.id).limit(2))
+        return found[0] if len(found) > 1 else None
+
+    async def claims(self) -> dict[str, str]:
+        """Every job's claim by its id: the files that belong to something."""
+        return dict(await self._run(sa.select(JOBS.c.id, JOBS.c.claim), lambda result: [tuple(row) for row in result]))
+
+    async def _change(self, statement: sa.UpdateBase) -> bool:
+        return await self._run(statement, lambda result: result.rowcount) == 1
+
+    async def _all(self, query: sa.Select[Any]) -> Sequence[Job]:
+        return await self._run(query, lambda result: [Job(**row) for row in result.mappings()])
+
+    async def _first(self, query: sa.Select[Any]) -> Job | None:
+        return next(iter(await self._all(query)), None)
+
+    async def _scalar(self, query: sa.Select[Any]) -> Any:
+        return await self._run(query, lambda result: result.scalar_one())
+
+    async def _run(self, statement: sa.Executable, read: Callable[[sa.CursorResult[Any]], T]) -> T:
+        """To the end, even if the caller is cancelled: else it would be open whether the statement takes effect."""
+
+        async def run() -> T:
+            async with self._engine.connect() as connection:
+                return read(await connection.execute(statement))
+
+        task = asyncio.create_task(run())
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
+
+
+def _held(job: Job) -> sa.ColumnElement[bool]:
+    """The job is still what was read of it. A claim is never drawn twice, so its state has not changed either."""
+    return sa.and_(JOBS.c.id == job.id, JOBS.c.claim == job.claim, JOBS.c.status.not_in(_FINISHED))
+
+
+@asynccontextmanager
+async def open_jobs(url: str) -> AsyncIterator[JobStore]:
+    """The store behind a SQLAlchemy URL, its tables brought up to date. Raises `ConfigError`."""
+    async with AsyncExitStack() as stack:
+        try:
+            engine = _engine(url)
+            stack.push_async_callback(engine.dispose)
+            await _migrate(engine)
+        except Exception as e:  # each driver raises errors of its own
+            reason = " ".join(str(e).split())[:300] or type(e).__name__
+            raise ConfigError(f"--database-url {_without_password(url)}: cannot be used: {reason}") from e
+        jobs = JobStore(engine)
+        stack.push_async_callback(jobs.settle)
+        yield jobs
+
+
+def _engine(url: str) -> AsyncEngine:
+    parsed = sa.make_url(url)
+    drivers = {"sqlite": "sqlite+aiosqlite", "postgres": "postgresql+asyncpg", "postgresql": "postgresql+asyncpg"}
+    parsed = parsed.set(drivername=drivers.get(parsed.drivername, parsed.drivername))
+    engine = create_async_engine(parsed, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+    if parsed.get_backend_name() == "sqlite":
+        with open(parsed.database or "", "ab"):  # raises what is wrong; the driver's thread would print it
+            pass
+        sa.event.listen(engine.sync_engine, "connect", _tune_sqlite)
+    return engine
+
+
+def _tune_sqlite(connection: Any, _: object) -> None:
+    cursor = connection.cursor()
+    for pragma in ("busy_timeout = 15000", "journal_mode = WAL", "synchronous = FULL"):
+        cursor.execute(f"PRAGMA {pragma}")  # with less than FULL a power cut takes accepted jobs with it
+    cursor.close()
+
+
+async def _migrate(engine: AsyncEngine) -> None:
+    level, lock = _LOCKS.get(engine.dialect.name, ("SERIALIZABLE", ""))
+    async with engine.execution_options(isolation_level=level).begin() as connection:
+        if lock:
+            await connection.exec_driver_sql(lock)
+        await connection.run_sync(_upgrade)
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every start
+    config = Config()
+    folder = str(Path(__file__).with_name("migrations"))
+    config.set_main_option("script_location", folder.replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _without_password(url: str) -> str:
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except sa.exc.ArgumentError:
+        return "URL"

@@ -1,0 +1,257 @@
+"""/v1/videos: OpenAI's video jobs. A job is accepted at once, and asked after until it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.config import Limits
+from darkroom.configs.errors import RequestError
+
+from .body import media_type, read_json, validate
+from .body import unsupported as unsupported_type
+from .context import Shared
+from .errors import ApiError
+from .form import Form, read_form
+from .jobs import Job, Status, is_id
+from .models import check_model
+from .ranges import file_response
+from .runner import Variant, VideoRunner, file_name
+from .video_request import Remix, VideoRequest
+
+router = APIRouter()
+
+JSON_LIMIT = 32 * 1024 * 1024
+"""Bytes of a JSON body, which may hold a picture of 20 MiB as a data: URL."""
+_BODIES = ("multipart/form-data", "application/json")
+_PAGE = 20
+_MAX_PAGE = 100
+_POLL_MS = 1000
+_MEDIA_TYPES: dict[Variant, str] = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
+
+
+@dataclass(frozen=True)
+class VideoError:
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Status
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str
+    size: str
+    seconds: str
+    remixed_from_video_id: str | None
+    error: VideoError | None
+    num_frames: int
+    fps: int
+    seed: int
+
+    @classmethod
+    def of(cls, job: Job) -> Video:
+        request = job.read_request()
+        return cls(
+            id=job.id,
+            model=job.model,
+            status=job.status,
+            progress=job.progress,
+            created_at=job.created_at,
+            completed_at=job.completed_at,
+            expires_at=job.expires_at,
+            prompt=request.prompt,
+            size=f"{request.width}x{request.height}",
+            seconds=job.seconds,
+            remixed_from_video_id=job.remixed_from,
+            error=VideoError(job.error_code, job.error_message or "") if job.error_code else None,
+            num_frames=request.num_frames,
+            fps=request.fps,
+            seed=request.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoList:
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeletedVideo:
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+async def _runner(context: Shared) -> VideoRunner:
+    """Raises `ApiError` for a model that makes no videos."""
+    if context.videos is None:
+        tasks = ", ".join(context.capabilities.tasks)
+        raise ApiError(400, f"'{context.served_name}' makes no videos; it does {tasks}.", param="model")
+    return context.videos
+
+
+Runner = Annotated[VideoRunner, Depends(_runner)]
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    content = {"schema": model.model_json_schema()}
+    return {"requestBody": {"required": True, "content": {kind: content for kind in _BODIES}}}
+
+
+@router.post("/v1/videos", openapi_extra=_body(VideoRequest))
+async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Video:
+    body, is_form = await _read(http, context.limits)
+    asked = VideoRequest.read(body, is_form=is_form)
+    check_model(asked.model, context)
+    made = await asked.resolve(context.capabilities)
+    job, picture = Job.new(made.request, model=context.served_name, seconds=made.seconds)
+    await runner.submit(job, picture)
+    return Video.of(job)
+
+
+@router.get("/v1/videos")
+async def list_videos(http: HttpRequest, runner: Runner) -> VideoList:
+    """Newest first. The cursor `after` is a video's id."""
+    query = http.query_params
+    after, limit, order = query.get("after"), _limit(query.get("limit")), query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise RequestError(f"Invalid order '{order[:40]}': expected 'asc' or 'desc'.", param="order")
+    if after is not None and not is_id(after):
+        raise _not_found(after, param="after")
+    jobs = await runner.jobs.page(after=after, limit=limit + 1, newest_first=order == "desc")
+    return _page(jobs, limit)
+
+
+@router.post("/v1/videos/edits", include_in_schema=False)
+@router.post("/v1/videos/extensions", include_in_schema=False)
+@router.post("/v1/videos/characters", include_in_schema=False)
+async def unsupported(http: HttpRequest, context: Shared, runner: Runner) -> Response:
+    """These take videos, which no model here does."""
+    path = http.scope["path"]
+    message = f"{path} is not supported: '{context.served_name}' takes no videos. See POST /v1/videos."
+    raise ApiError(400, message, code="unsupported_operation")
+
+
+@router.get("/v1/videos/characters/{id}", include_in_schema=False)
+async def get_character(id: str, runner: Runner) -> Response:
+    raise ApiError(404, f"There is no character '{id[:80]}': this server makes none.", param="id")
+
+
+@router.get("/v1/videos/{id}")
+async def get_video(id: str, runner: Runner, response: Response) -> Video:
+    job = await _job(id, runner)
+    if job.status in ("queued", "in_progress"):
+        response.headers["openai-poll-after-ms"] = str(_POLL_MS)
+    return Video.of(job)
+
+
+@router.delete("/v1/videos/{id}")
+async def delete_video(id: str, runner: Runner) -> DeletedVideo:
+    """Cancels what is still to be made."""
+    if not await runner.delete(await _job(id, runner)):
+        raise _not_found(id)
+    return DeletedVideo(id=id)
+
+
+@router.get(
+    "/v1/videos/{id}/content",
+    response_class=Response,
+    responses={200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}}, 206: {"description": "A part of it."}},
+)
+async def get_content(id: str, http: HttpRequest, runner: Runner) -> Response:
+    """`variant` is video, thumbnail or spritesheet."""
+    variant = http.query_params.get("variant", "video")
+    if variant not in get_args(Variant):
+        message = f"Invalid variant '{variant[:40]}': expected one of {', '.join(get_args(Variant))}."
+        raise RequestError(message, param="variant")
+    job = await _job(id, runner)
+    if job.status != "completed":
+        raise ApiError(404, f"The video '{id}' has no content: it is {job.status}.", code="video_not_completed")
+    return await _content(http, runner, job, variant)  # type: ignore[arg-type]
+
+
+@router.post("/v1/videos/{id}/remix", openapi_extra=_body(Remix))
+async def remix_video(id: str, http: HttpRequest, context: Shared, runner: Runner) -> Video:
+    """The same video with another prompt: its seed, size, length and picture stay."""
+    source = await _job(id, runner)
+    body, _ = await _read(http, context.limits)
+    remix = validate(Remix, body)
+    if source.model != context.served_name:
+        message = f"The video was made by '{source.model}'; this server serves '{context.served_name}'."
+        raise ApiError(400, message, param="id")
+    request = remix.resolve(await runner.request_of(source), context.capabilities)
+    job, picture = Job.new(request, model=source.model, seconds=source.seconds, remixed_from=source.id)
+    await runner.submit(job, picture)
+    return Video.of(job)
+
+
+def makes_videos(capabilities: Capabilities) -> bool:
+    return any(task.endswith("-to-video") for task in capabilities.tasks)
+
+
+async def _read(http: HttpRequest, limits: Limits) -> tuple[dict[str, Any], bool]:
+    """The body, and whether it is a form's."""
+    match media_type(http):
+        case "application/json":
+            return await read_json(http, JSON_LIMIT), False
+        case "multipart/form-data":
+            return _once(await read_form(http, ("input_reference",), limits)), True
+        case _:
+            raise unsupported_type(http, "'multipart/form-data' or 'application/json'")
+
+
+def _once(form: Form) -> dict[str, Any]:
+    """A form of which every field may come once, files among them. Raises `RequestError`."""
+    if twice := [name for name, parts in form.files.items() if len(parts) > 1 or name in form.values]:
+        raise RequestError(f"The form has '{twice[0]}' more than once.", param=twice[0])
+    return {**form.values, **{name: data for name, [data] in form.files.items()}}
+
+
+async def _job(id: str, runner: VideoRunner) -> Job:
+    if (job := await runner.jobs.get(id)) is None:
+        raise _not_found(id)
+    return job
+
+
+def _not_found(id: str, param: str = "id") -> ApiError:
+    return ApiError(404, f"There is no video '{id[:80]}'.", param=param, code="video_not_found")
+
+
+async def _content(http: HttpRequest, runner: VideoRunner, job: Job, variant: Variant) -> Response:
+    try:
+        return await file_response(http, runner.files, file_name(job, variant), _MEDIA_TYPES[variant])
+    except FileNotFoundError:  # deleted a moment ago; or the folder of a server that shares the database, not the files
+        raise ApiError(404, f"The files of the video '{job.id}' are gone.", code="video_not_found") from None
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return _PAGE
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= _MAX_PAGE):
+        raise RequestError(f"Invalid limit '{text[:40]}': expected 0 to {_MAX_PAGE}.", param="limit")
+    return int(text)
+
+
+def _page(jobs: Sequence[Job], limit: int) -> VideoList:
+    """Of one job more than the page has, if there are so many."""
+    data = [Video.of(job) for job in jobs[:limit]]
+    ends = (data[0].id, data[-1].id) if data else (None, None)
+    return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=limit > 0 and len(jobs) > limit)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from darkroom.configs.errors import RequestError
+from darkroom.server.video_request import Remix, VideoRequest
+
+from .conftest import VIDEO_CAPABILITIES
+
+
+def resolved(capabilities=VIDEO_CAPABILITIES, **fields):
+    return asyncio.run(VideoRequest.read({"prompt": "x", **fields}).resolve(capabilities))
+
+
+@pytest.mark.parametrize(
+    ("grid", "fields", "frames", "seconds"),
+    [
+        ({"frame_multiple": 1}, {"seconds": "5"}, 80, "5"),
+        ({"frame_multiple": 4}, {"seconds": "5"}, 81, "5"),
+        ({"frame_multiple": 8}, {"seconds": "5"}, 81, "5"),
+        ({"frame_multiple": 4, "fps": 24}, {"seconds": "5"}, 121, "5"),
+        ({"frame_multiple": 4, "max_frames": 50}, {}, 49, "3"),
+        ({"frame_multiple": 4, "max_frames": 49}, {"fps": 8}, 33, "4"),
+        ({"frame_multiple": 4, "max_frames": 3}, {}, 1, "1"),
+    ],
+)
+def test_seconds_on_the_models_grid(grid, fields, frames, seconds):
+    made = resolved(VIDEO_CAPABILITIES.override(grid), **fields)
+    assert (made.request.num_frames, made.seconds) == (frames, seconds)
+
+
+def test_seconds_that_are_too_many_say_what_would_be():
+    with pytest.raises(RequestError, match=r"at 16 frames per second these are 177 frames.* at most 161") as caught:
+        resolved(seconds="11")
+    assert caught.value.param == "seconds"
+
+
+def test_a_form_and_an_object_are_read_alike():
+    form = VideoRequest.read(
+        {"prompt": "5", "seconds": "5", "steps": "7", "cfg": "2.5", "extra_params": '{"seed": 3}'}, is_form=True
+    )
+    body = VideoRequest.read({"prompt": "5", "seconds": "5", "steps": 7, "cfg": 2.5, "extra_params": {"seed": 3}})
+    assert form == body
+
+
+def test_without_a_seed_videos_differ():
+    assert resolved().request.seed != resolved().request.seed
+
+
+def test_a_remix_has_all_of_its_source_but_the_prompt():
+    source = resolved(
+        seed=3, fps=8, num_frames=9, size="64x80", steps=3, guidance_scale=2.5, guidance_scale_2=1.5,
+        negative_prompt="n", max_sequence_length=9,
+    ).request  # fmt: skip
+    remix = Remix(prompt="y").resolve(source, VIDEO_CAPABILITIES)
+    changed = {name for name in source.__struct_fields__ if getattr(source, name) != getattr(remix, name)}
+    assert changed == {"prompt"} and remix.prompt == "y"
+
+
+def test_a_remix_for_a_model_that_can_do_less():
+    source = resolved(num_frames=161).request
+    with pytest.raises(RequestError) as caught:
+        Remix(prompt="y").resolve(source, VIDEO_CAPABILITIES.override({"max_frames": 81}))
+    assert caught.value.param == "num_frames"

@@ -1,0 +1,603 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from darkroom.engine.messages import Progress, Status
+
+from .conftest import NAME, VIDEO_CAPABILITIES, Server, serving
+from .engine import ScriptedEngine, failing, finished, slow, video, wait_until
+
+PATH = "/v1/videos"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture(scope="module")
+def _video_server(folder) -> Iterator[Server]:
+    with ScriptedEngine() as engine, serving(engine, capabilities=VIDEO_CAPABILITIES, folder=folder) as server:
+        yield server
+
+
+@pytest.fixture
+def server(_video_server) -> Iterator[Server]:
+    engine = _video_server.engine
+    engine.reset()
+    engine.script = video
+    if _video_server.client.last_status.state != "ready":
+        engine.say(engine.status)
+        assert wait_until(lambda: _video_server.client.last_status.state == "ready")
+    yield _video_server
+    with httpx.Client(base_url=_video_server.url) as http:
+        while found := http.get(PATH, params={"limit": 100}).json()["data"]:
+            for one in found:
+                http.delete(f"{PATH}/{one['id']}")
+    assert wait_until(lambda: not _video_server.runner.is_working)
+    time.sleep(0.02)  # what was sent to the engine arrives before the next test
+
+
+@pytest.fixture
+def engine(server) -> ScriptedEngine:
+    return server.engine
+
+
+@pytest.fixture
+def http(server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def sdk(server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=10) as client:
+        yield client
+
+
+def create(http, **fields):
+    response = http.post(PATH, json={"prompt": "a red ball", "num_frames": 5, **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def ended(http, id):
+    assert wait_until(lambda: http.get(f"{PATH}/{id}").json()["status"] in ("completed", "failed"), 10)
+    return http.get(f"{PATH}/{id}").json()
+
+
+def refused(response, status=400, param=None, code=None):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert param is None or error["param"] == param, error
+    assert code is None or error["code"] == code, error
+    return error["message"]
+
+
+def picture(size=(64, 48), file_format="PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def facts(data: bytes) -> tuple[int, int, int, float]:
+    """(width, height, frames, frames per second) of a video."""
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        return stream.width, stream.height, sum(1 for _ in container.decode(stream)), float(stream.average_rate)
+
+
+# ---- create, retrieve ------------------------------------------------------------------------------------------------
+
+
+def test_the_object_is_the_contracts(http, engine):
+    before = int(time.time())
+    made = create(http, seed=2**64 - 1, fps=8, size="64x96")
+    id = made.pop("id")
+    assert id.startswith("video_") and before <= made.pop("created_at") <= time.time()
+    assert made == {
+        "object": "video",
+        "model": NAME,
+        "status": "queued",
+        "progress": 0,
+        "completed_at": None,
+        "expires_at": None,
+        "prompt": "a red ball",
+        "size": "64x96",
+        "seconds": "1",
+        "remixed_from_video_id": None,
+        "error": None,
+        "num_frames": 5,
+        "fps": 8,
+        "seed": 2**64 - 1,
+    }
+    done = ended(http, id)
+    assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
+    assert before <= done["completed_at"] <= time.time() and done["expires_at"] == done["completed_at"] + 3600
+    content = http.get(f"{PATH}/{id}/content")
+    assert content.headers["content-type"] == "video/mp4"
+    assert facts(content.content) == (64, 96, 5, 8.0)
+    assert engine.requests[0].request.output_format == "mp4"
+
+
+@pytest.mark.parametrize(
+    ("fields", "frames", "fps", "seconds"),
+    [
+        ({}, 65, 16, "4"),
+        ({"seconds": "5"}, 81, 16, "5"),
+        ({"seconds": 5}, 81, 16, "5"),
+        ({"seconds": "4", "fps": 24}, 97, 24, "4"),
+        ({"num_frames": 81}, 81, 16, "5"),
+        ({"num_frames": 81, "seconds": "5"}, 81, 16, "5"),
+        ({"video_frames": 9}, 9, 16, "1"),
+        ({"target_video_length": 1, "fps": 60}, 1, 60, "1"),
+        ({"seconds": "1", "fps": 1}, 1, 1, "1"),
+        ({"fps": 60}, 161, 60, "3"),
+        ({"video_params": {"num_frames": 17, "fps": 4}}, 17, 4, "4"),
+    ],
+)
+def test_length_in_seconds_or_frames(http, engine, fields, frames, fps, seconds):
+    engine.script = slow
+    made = http.post(PATH, json={"prompt": "x", **fields}).json()
+    assert (made["num_frames"], made["fps"], made["seconds"]) == (frames, fps, seconds)
+
+
+def test_extensions_reach_the_engine(http, engine):
+    create(
+        http,
+        negative_prompt="blue",
+        steps=3,
+        guidance_scale=2,
+        guidance_scale_2=3.5,
+        seed=0,
+        width=64,
+        height=80,
+        max_sequence_length=64,
+        extra_params={"cfg": 2},
+        user="somebody",
+        safety_identifier="somebody",
+        n=1,
+    )
+    assert wait_until(lambda: bool(engine.requests))
+    request = engine.requests[0].request
+    assert (request.negative_prompt, request.num_inference_steps, request.guidance_scale) == ("blue", 3, 2.0)
+    assert (request.guidance_scale_2, request.seed, request.width, request.height) == (3.5, 0, 64, 80)
+    assert (request.max_sequence_length, request.task) == (64, "text-to-video")
+
+
+def test_a_null_is_a_default(http, engine):
+    engine.script = slow
+    nullable = ["model", "seconds", "size", "input_reference", "seed", "fps", "n", "steps", "extra_body"]
+    made = http.post(PATH, json={"prompt": "x", **dict.fromkeys(nullable)}).json()
+    assert (made["size"], made["num_frames"]) == ("128x96", 65)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"files": {"input_reference": ("a.png", picture(), "image/png")}},
+        {"files": {"input_reference": ("upload", picture(file_format="JPEG"), "application/octet-stream")}},
+        {"json": {"image_url": "data:image/png;base64," + base64.b64encode(picture()).decode()}},
+        {"form": {"image_url": "data:image/png;base64," + base64.b64encode(picture()).decode()}},
+    ],
+)
+def test_a_video_begins_with_a_picture(http, engine, reference):
+    fields = {"prompt": "x", "num_frames": "5"}
+    if "json" in reference:
+        body = {"json": {"prompt": "x", "num_frames": 5, "input_reference": reference["json"]}}
+    elif "form" in reference:
+        body = {"data": {**fields, "input_reference": json.dumps(reference["form"])}, "files": {"seed": (None, "1")}}
+    else:
+        body = {"data": fields, "files": reference["files"]}
+    made = http.post(PATH, **body)
+    assert made.status_code == 200, made.text
+    assert ended(http, made.json()["id"])["status"] == "completed"
+    request = engine.requests[0].request
+    assert request.task == "image-to-video" and Image.open(io.BytesIO(request.images[0])).size == (64, 48)
+    assert made.json()["size"] == f"{request.width}x{request.height}" == "160x96"
+
+
+def test_progress_comes_from_the_steps_and_never_falls(http, engine):
+    seen: list[int] = []
+
+    def script(message):
+        for step, until in ((1, 24), (2, 49), (1, 49), (3, 74)):
+            yield Progress(id=message.id, step=step, num_steps=4, seconds=0.1, batch_size=1)
+            while until not in seen:
+                yield 0.01
+        yield list(video(message))[-1]
+
+    engine.script = script
+    id = create(http)["id"]
+    while (now := http.get(f"{PATH}/{id}")).json()["status"] not in ("completed", "failed"):
+        assert now.headers["openai-poll-after-ms"] == "1000"
+        seen.append(now.json()["progress"])
+    assert seen == sorted(seen) and {24, 49, 74} <= set(seen)
+    assert now.json()["progress"] == 100 and "openai-poll-after-ms" not in now.headers
+
+
+def test_no_more_are_made_at_a_time_than_the_operator_says(http, engine):
+    engine.script = slow
+    ids = [create(http)["id"] for _ in range(4)]
+    assert wait_until(lambda: len(engine.requests) == 2)
+    statuses = [http.get(f"{PATH}/{id}").json()["status"] for id in ids]
+    assert statuses == ["in_progress", "in_progress", "queued", "queued"]
+
+
+def test_too_many_that_wait_are_refused(http, engine):
+    engine.say(Status(state="restarting"))
+    time.sleep(0.1)
+    for _ in range(8):
+        create(http)
+    response = http.post(PATH, json={"prompt": "x"})
+    refused(response, 429, code="rate_limit_exceeded")
+    assert int(response.headers["retry-after"]) <= 120
+    refused(http.post(PATH, json={"prompt": ""}), 400, "prompt")
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_job_is_a_success_over_http(http, engine):
+    engine.script = failing("internal", 0.01)
+    failed = ended(http, create(http)["id"])
+    assert failed["status"] == "failed" and failed["completed_at"] is None and failed["expires_at"]
+    assert set(failed["error"]) == {"code", "message"} and failed["error"]["code"] == "server_error"
+    assert "secret" not in str(failed)
+    refused(http.get(f"{PATH}/{failed['id']}/content"), 404)
+
+
+def test_a_job_that_loses_the_workers_is_tried_once_more(http, engine):
+    engine.script = failing("unavailable")
+    failed = ended(http, create(http)["id"])
+    assert failed["status"] == "failed" and "workers" in failed["error"]["message"]
+    assert len(engine.requests) == 2
+
+
+def test_a_busy_engine_is_asked_again(http, engine, monkeypatch):
+    monkeypatch.setattr("darkroom.server.runner._BUSY_SECONDS", 0.1)
+    engine.script = lambda message: (failing("busy") if len(engine.requests) < 3 else video)(message)
+    assert ended(http, create(http)["id"])["status"] == "completed"
+
+
+def test_a_file_that_is_no_video_fails(http, engine):
+    engine.script = lambda message: iter([finished(message, b"no video")])
+    assert ended(http, create(http)["id"])["error"]["code"] == "server_error"
+
+
+def test_what_is_queued_waits_for_the_model(http, engine):
+    engine.say(Status(state="starting"))
+    time.sleep(0.1)
+    id = create(http)["id"]
+    time.sleep(0.2)
+    assert http.get(f"{PATH}/{id}").json()["status"] == "queued"
+    engine.say(Status(state="ready"))
+    assert ended(http, id)["status"] == "completed"
+
+
+# ---- content ---------------------------------------------------------------------------------------------------------
+
+
+def test_thumbnail_and_spritesheet(http):
+    id = ended(http, create(http, num_frames=81, size="128x96")["id"])["id"]
+    thumbnail = http.get(f"{PATH}/{id}/content", params={"variant": "thumbnail"})
+    assert thumbnail.headers["content-type"] == "image/webp"
+    opened = Image.open(io.BytesIO(thumbnail.content))
+    assert (opened.format, opened.size) == ("WEBP", (128, 96))
+    sheet = http.get(f"{PATH}/{id}/content", params={"variant": "spritesheet"})
+    assert sheet.headers["content-type"] == "image/jpeg"
+    opened = Image.open(io.BytesIO(sheet.content)).convert("L")
+    assert (opened.format, opened.size) == (None, (512, 384))
+    greys = [opened.getpixel((64 + 128 * (i % 4), 48 + 96 * (i // 4))) for i in range(16)]
+    assert greys == sorted(greys) and greys[0] < 5 and greys[-1] > 250
+    refused(http.get(f"{PATH}/{id}/content", params={"variant": "sound"}), 400, "variant")
+
+
+def test_parts_of_a_video(http):
+    id = ended(http, create(http)["id"])["id"]
+    url = f"{PATH}/{id}/content"
+    whole = http.get(url)
+    size = len(whole.content)
+    assert (whole.headers["accept-ranges"], whole.headers["content-length"]) == ("bytes", str(size))
+    part = http.get(url, headers={"range": "bytes=4-7"})
+    assert (part.status_code, part.content) == (206, b"ftyp")
+    assert part.headers["content-range"] == f"bytes 4-7/{size}"
+    rest = http.get(url, headers={"range": "bytes=100-", "if-range": whole.headers["etag"]})
+    assert rest.content == whole.content[100:]
+    assert http.get(url, headers={"range": "bytes=100-", "if-range": '"other"'}).content == whole.content
+    assert http.get(url, headers={"range": "bytes=-10"}).content == whole.content[-10:]
+    beyond = http.get(url, headers={"range": f"bytes={size}-"})
+    refused(beyond, 416)
+    assert beyond.headers["content-range"] == f"bytes */{size}"
+
+
+def test_content_of_what_is_not_finished(http, engine):
+    engine.script = slow
+    refused(http.get(f"{PATH}/{create(http)['id']}/content"), 404, code="video_not_completed")
+
+
+# ---- delete ----------------------------------------------------------------------------------------------------------
+
+
+def test_delete_cancels_and_frees_the_place(http, engine, server):
+    engine.script = slow
+    ids = [create(http)["id"] for _ in range(3)]
+    assert wait_until(lambda: len(engine.requests) == 2)
+    assert http.delete(f"{PATH}/{ids[0]}", headers={"content-type": "application/json"}).json() == {
+        "id": ids[0],
+        "object": "video.deleted",
+        "deleted": True,
+    }
+    assert wait_until(lambda: engine.cancelled == [engine.requests[0].id] and len(engine.requests) == 3)
+    refused(http.get(f"{PATH}/{ids[0]}"), 404)
+    refused(http.delete(f"{PATH}/{ids[0]}"), 404)
+
+
+def test_delete_removes_the_files(http, folder):
+    made = http.post(PATH, data={"prompt": "x", "num_frames": "5"}, files={"input_reference": picture()}).json()
+    ended(http, made["id"])
+    assert len(list(folder.glob(f"files/{made['id']}*"))) == 4
+    http.delete(f"{PATH}/{made['id']}")
+    assert list(folder.glob("files/*")) == []
+
+
+# ---- list ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_list(http):
+    assert http.get(PATH).json() == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+
+
+def test_pages(http, engine):
+    engine.script = slow
+    ids = [create(http)["id"] for _ in range(5)]
+    page = http.get(PATH, params={"limit": 2}).json()
+    shown = [video["id"] for video in page["data"]]
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (shown[0], shown[1], True)
+    newest = sorted(ids, reverse=True)
+    assert shown == newest[:2]
+    http.delete(f"{PATH}/{shown[1]}")  # a cursor that is gone goes on
+    page = http.get(PATH, params={"limit": "3", "after": shown[1]}).json()
+    assert ([video["id"] for video in page["data"]], page["has_more"]) == (newest[2:], False)
+    page = http.get(PATH, params={"order": "asc", "limit": 1}).json()
+    assert page["data"][0]["id"] == newest[-1]
+    assert http.get(PATH, params={"limit": 0}).json()["has_more"] is False
+    assert http.get(PATH, params={"after": newest[-1]}).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "param"),
+    [
+        ("limit=-1", 400, "limit"),
+        ("limit=101", 400, "limit"),
+        ("limit=x", 400, "limit"),
+        ("limit=%D9%A3", 400, "limit"),
+        ("limit=99999999999999999999", 400, "limit"),
+        ("order=up", 400, "order"),
+        ("after=video_x", 404, "after"),
+        ("after=%00", 404, "after"),
+        ("after=';drop table video_jobs", 404, "after"),
+    ],
+)
+def test_lists_that_cannot_be(http, query, status, param):
+    refused(http.get(f"{PATH}?{query}"), status, param)
+
+
+# ---- remix, and what no model does -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["json", "form"])
+def test_remix_keeps_all_but_the_prompt(http, engine, kind):
+    files = {"input_reference": picture()}
+    source = http.post(PATH, data={"prompt": "x", "num_frames": "5", "seed": "7", "fps": "8"}, files=files).json()
+    ended(http, source["id"])
+    body = {"json": {"prompt": "y"}} if kind == "json" else {"files": {"prompt": (None, "y")}}
+    remix = http.post(f"{PATH}/{source['id']}/remix", **body).json()
+    assert remix["remixed_from_video_id"] == source["id"] and remix["id"] != source["id"]
+    kept = ("seed", "size", "num_frames", "fps", "seconds", "model")
+    assert [remix[name] for name in kept] == [source[name] for name in kept]
+    assert ended(http, remix["id"])["status"] == "completed"
+    first, second = (message.request for message in engine.requests)
+    assert (first.prompt, second.prompt, first.images) == ("x", "y", second.images)
+    for bad in ({}, {"prompt": " "}, {"prompt": 1}, {"prompt": "x" * 32_001}):
+        refused(http.post(f"{PATH}/{source['id']}/remix", json=bad), 400, "prompt")
+    refused(http.post(f"{PATH}/video_none/remix", json={"prompt": "y"}), 404)
+
+
+@pytest.mark.parametrize("what", ["edits", "extensions", "characters"])
+def test_what_takes_videos_is_refused(http, what):
+    message = refused(http.post(f"{PATH}/{what}", json={"prompt": "x", "video": {"id": "video_1"}}))
+    assert NAME in message
+    refused(http.post(f"{PATH}/{what}", data={"prompt": "x"}, files={"video": b"x"}))
+
+
+def test_unknown_ids_and_methods(http):
+    refused(http.get(f"{PATH}/characters/char_1"), 404)
+    for id in ("video_1", "..%2F..%2Fetc%2Fpasswd", "%00", "x" * 1000, "edits"):
+        refused(http.get(f"{PATH}/{id}"), 404)
+        refused(http.delete(f"{PATH}/{id}"), 404)
+        refused(http.get(f"{PATH}/{id}/content"), 404)
+    response = http.put(PATH)
+    refused(response, 405, code="method_not_supported")
+    assert response.headers["allow"]
+
+
+# ---- hostile input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": " "}, "prompt"),
+        ({"prompt": "x" * 32_001}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        *(
+            ({"seconds": value}, "seconds")
+            for value in ("0", "-1", "1e9", "99999", "4.5", "", "\u0664", "4\n", 0, -1, 4.5)
+        ),
+        ({"seconds": "11"}, "seconds"),
+        ({"seconds": True}, "seconds"),
+        ({"seconds": "5", "num_frames": 17}, "num_frames"),
+        *(({"num_frames": value}, "num_frames") for value in (0, -3, 6, 165, 10**30, "5", 5.5)),
+        *(({"fps": value}, "fps") for value in (0, -1, 61, 10**30, "16")),
+        *(({"size": value}, "size") for value in ("100x100", "0x0", "99999x99999", "128X96", "128x96\n", "+128x96")),
+        ({"size": "128x96", "width": 64}, "width"),
+        ({"model": "other"}, "model"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"n": 2}, "n"),
+        ({"num_inference_steps": 100_000}, "num_inference_steps"),
+        ({"guidance_scale": 1e6}, "guidance_scale"),
+        ({"guidance_scale_2": 1e6}, "guidance_scale_2"),
+        ({"cfg": 2, "guidance_scale": 3}, "guidance_scale"),
+        ({"output_path": "/etc/passwd"}, "output_path"),
+        ({"input_reference": "/etc/passwd"}, "input_reference"),
+        ({"input_reference": {"image_url": "file:///etc/passwd"}}, "input_reference"),
+        ({"input_reference": {"image_url": "http://169.254.169.254/"}}, "input_reference"),
+        ({"input_reference": {"image_url": "data:image/png;base64,%%%"}}, "input_reference"),
+        ({"input_reference": {"image_url": "data:image/png;base64,aGVsbG8="}}, "input_reference"),
+        ({"input_reference": {"file_id": "file_1"}}, "input_reference"),
+        ({"input_reference": {}}, "input_reference"),
+        ({"input_reference": []}, "input_reference"),
+        ({"extra_body": 5}, "extra_body"),
+    ],
+)
+def test_fields_that_cannot_be(http, engine, fields, param):
+    body = {"prompt": "x", **fields}
+    status = 404 if param == "model" else 400
+    refused(http.post(PATH, content=json.dumps(body), headers={"content-type": "application/json"}), status, param)
+    assert http.get(PATH).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"fps": "nan"}, "fps"),
+        ({"guidance_scale": "nan"}, "guidance_scale"),
+        ({"guidance_scale": "inf"}, "guidance_scale"),
+        ({"guidance_scale": "1e999"}, "guidance_scale"),
+        ({"num_frames": "1_7"}, "num_frames"),
+        ({"num_frames": "\u0665"}, "num_frames"),
+        ({"num_frames": "9" * 5000}, "num_frames"),
+        ({"seed": "true"}, "seed"),
+        ({"extra_params[fps]": "x"}, "fps"),
+        ({"extra_params": "{"}, "extra_params"),
+        ({"extra_params": '{"a":' * 10_000}, "extra_params"),
+        ({"input_reference": "text"}, "input_reference"),
+    ],
+)
+def test_forms_that_cannot_be(http, fields, param):
+    refused(http.post(PATH, data={"prompt": "x", **fields}, files={"user": (None, "x")}), 400, param)
+
+
+def test_a_form_is_text_and_numbers(http, engine):
+    data = {"prompt": "ü 世界", "num_frames": "5", "seconds": "", "guidance_scale": "2.5", "extra_params[seed]": "9"}
+    del data["seconds"]
+    response = http.post(PATH, data=data, files={"extra_body": (None, '{"fps": 8}')})
+    assert response.status_code == 200, response.text
+    assert (response.json()["prompt"], response.json()["seed"], response.json()["fps"]) == ("ü 世界", 9, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", picture()[:-30], b"%PDF-1.7", b"<svg/>", bytes(10_000)])
+def test_pictures_that_are_none(http, content):
+    message = refused(http.post(PATH, data={"prompt": "x"}, files={"input_reference": content}), 400, "input_reference")
+    assert "input_reference" in message
+
+
+def test_content_types(http):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        refused(
+            http.post(PATH, content=b"prompt=x", headers={"content-type": kind}), 415, code="unsupported_content_type"
+        )
+
+
+# ---- OpenAI's SDK ----------------------------------------------------------------------------------------------------
+
+
+def test_the_sdk(sdk, tmp_path):
+    made = sdk.videos.create_and_poll(
+        prompt="a red ball", model=NAME, seconds="4", size="64x64", extra_body={"fps": 4}, poll_interval_ms=50
+    )
+    assert (made.status, made.progress, made.seconds, made.size, made.error) == ("completed", 100, "4", "64x64", None)
+    content = sdk.videos.download_content(made.id)
+    assert facts(content.read()) == (64, 64, 17, 4.0)
+    content.write_to_file(tmp_path / "a.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == content.content
+    thumbnail = sdk.videos.download_content(made.id, variant="thumbnail").content
+    assert Image.open(io.BytesIO(thumbnail)).format == "WEBP"
+    with sdk.videos.with_streaming_response.download_content(made.id, variant="video") as response:
+        assert b"".join(response.iter_bytes()) == content.content
+    remix = sdk.videos.remix(made.id, prompt="a blue ball")
+    assert remix.remixed_from_video_id == made.id
+    assert sdk.videos.poll(remix.id, poll_interval_ms=50).status == "completed"
+    assert [video.id for video in sdk.videos.list(limit=1)] == [remix.id, made.id]
+    assert [video.id for video in sdk.videos.list(limit=1, order="asc")] == [made.id, remix.id]
+    deleted = sdk.videos.delete(made.id)
+    assert (deleted.id, deleted.deleted, deleted.object) == (made.id, True, "video.deleted")
+    with pytest.raises(openai.NotFoundError):
+        sdk.videos.retrieve(made.id)
+
+
+def test_the_sdk_sends_a_picture(sdk, engine, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    for reference in (picture(), tmp_path / "a.png", ("a.png", picture(), "image/png")):
+        made = sdk.videos.create(prompt="x", input_reference=reference, extra_body={"num_frames": 5})
+        assert sdk.videos.poll(made.id, poll_interval_ms=20).status == "completed"
+    assert {message.request.images for message in engine.requests} == {(picture(),)}
+
+
+def test_the_sdk_polls_a_failed_job(sdk, engine):
+    engine.script = failing("internal")
+    failed = sdk.videos.create_and_poll(prompt="x", poll_interval_ms=20)
+    assert failed.status == "failed" and failed.error.code == "server_error"
+
+
+def test_the_async_sdk(server):
+    async def use() -> bytes:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as sdk:
+            made = await sdk.videos.create_and_poll(prompt="x", seconds="1", poll_interval_ms=20)
+            assert made.status == "completed"
+            assert [video.id async for video in sdk.videos.list(limit=1)] == [made.id]
+            content = await sdk.videos.download_content(made.id)
+            assert (await sdk.videos.delete(made.id)).deleted
+            return content.read()
+
+    assert facts(asyncio.run(use())) == (128, 96, 17, 16.0)
+
+
+# ---- models without videos -------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_makes_pictures_says_so(tmp_path):
+    with ScriptedEngine() as engine, serving(engine) as server, httpx.Client(base_url=server.url) as http:
+        for response in (http.post(PATH, json={"prompt": "x"}), http.get(PATH), http.get(f"{PATH}/video_1")):
+            assert "text-to-image" in refused(response)
+
+
+@pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
+def test_a_model_with_one_of_the_tasks(tmp_path, task):
+    capabilities = VIDEO_CAPABILITIES.override({"tasks": (task,)})
+    with (
+        ScriptedEngine() as engine,
+        serving(engine, capabilities=capabilities, folder=tmp_path) as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        with_picture = http.post(PATH, data={"prompt": "x"}, files={"input_reference": picture()})
+        without = http.post(PATH, json={"prompt": "x"})
+        good, bad = (without, with_picture) if task == "text-to-video" else (with_picture, without)
+        assert good.status_code == 200
+        refused(bad, 400, "input_reference")
