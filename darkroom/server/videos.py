@@ -222,7 +222,12 @@ def _once(form: Form) -> dict[str, Any]:
     """A form of which every field may come once, files among them. Raises `RequestError`."""
     if twice := [name for name, parts in form.files.items() if len(parts) > 1 or name in form.values]:
         raise RequestError(f"The form has '{twice[0]}' more than once.", param=twice[0])
-    return {**form.values, **{name: data for name, [data] in form.files.items()}}
+    return {**form.values, **{name: _as_sent(data) for name, [data] in form.files.items()}}
+
+
+def _as_sent(data: bytes) -> bytes | str:
+    """A picture's file, or JSON text that says where the picture is: no picture begins as that does."""
+    return data.decode(errors="replace") if data.startswith(b"{") else data
 
 
 async def _job(id: str, runner: VideoRunner) -> Job:

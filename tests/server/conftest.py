@@ -82,6 +82,7 @@ VIDEO_CAPABILITIES = CAPABILITIES.override(
         "num_frames": 81,
         "frame_multiple": 4,
         "max_frames": 161,
+        "guidance_scale_2": 3.0,
         "fps": 16,
     }
 )
