@@ -24,7 +24,7 @@ from .form import read_form
 from .models import check_model
 from .sse import EventStream
 from .trail import trail_of
-from .uploads import FILES, Pictures, from_form, from_json
+from .uploads import FILES, Pictures, fetch_form, fetch_json, from_form, from_json
 
 router = APIRouter()
 
@@ -70,11 +70,16 @@ async def edit_image(http: HttpRequest, context: Shared) -> Response:
     match media_type(http):
         case "multipart/form-data":
             form = await read_form(http, FILES, context.limits)
-            pictures = await asyncio.to_thread(from_form, form)
+            fetched = await fetch_form(context.fetcher, form)
+            pictures = await asyncio.to_thread(from_form, form, fetched)
             asked = EditRequest.read(form.values, is_form=True)
         case "application/json":
             asked = EditRequest.read(await read_json(http, context.limits.max_upload_mb << 20))
-            pictures = await asyncio.to_thread(from_json, asked.images, asked.mask)
+            fetched = {
+                **await fetch_json(context.fetcher, asked.images or (), "images"),
+                **await fetch_json(context.fetcher, (asked.mask,), "mask"),
+            }
+            pictures = await asyncio.to_thread(from_json, asked.images, asked.mask, fetched)
             asked = asked.model_copy(update={"images": None, "mask": None})  # tens of megabytes, in base64
         case _:
             raise unsupported(http, "'multipart/form-data' or 'application/json'")
@@ -90,7 +95,7 @@ async def create_variation(http: HttpRequest, context: Shared) -> Response:
     if media_type(http) != "multipart/form-data":
         raise unsupported(http, "'multipart/form-data'")
     form = await read_form(http, FILES, context.limits)
-    pictures = await asyncio.to_thread(from_form, form)
+    pictures = await asyncio.to_thread(from_form, form, {})
     if pictures.mask is not None:
         message = "Unknown parameter: 'mask'. POST /v1/images/edits takes one."
         raise RequestError(message, param="mask", code="unknown_parameter")

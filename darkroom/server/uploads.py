@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from darkroom.configs.pictures import picture_size
 
 from .body import validate
 from .errors import ApiError
+from .fetch import Fetcher
 from .form import Form
 
 FILES = ("image", "url", "mask", "mask_image", "markup")
@@ -44,12 +45,33 @@ class Reference(BaseModel):
     file_id: str | None = None
 
 
-def from_form(form: Form) -> Pictures:
+Fetched = Mapping[str, bytes]
+"""Pictures from other hosts, by their URLs."""
+
+
+async def fetch_form(fetcher: Fetcher, form: Form) -> Fetched:
+    """What the form's `url` fields stand for, where the operator allows it. Raises `RequestError`."""
+    return await _fetch(fetcher, [data.decode("ascii", "replace") for data in form.files.get("url", ())], "url")
+
+
+async def fetch_json(fetcher: Fetcher, references: Sequence[object], param: str) -> Fetched:
+    """What the references' `image_url` stand for, where the operator allows it. Raises `RequestError`."""
+    return await _fetch(fetcher, [r.get("image_url") for r in references if isinstance(r, dict)], param)
+
+
+async def _fetch(fetcher: Fetcher, urls: Sequence[object], param: str) -> Fetched:
+    if not fetcher.hosts:
+        return {}
+    remote = {url for url in urls if isinstance(url, str) and url[:5].lower() != "data:"}
+    return {url: await fetcher.fetch_picture(url, param=param) for url in remote}
+
+
+def from_form(form: Form, fetched: Fetched) -> Pictures:
     """Raises `RequestError`."""
     if "markup" in form.files:
         raise RequestError("'markup' is not supported: use 'mask' to say where to draw.", param="markup")
     urls = [data.decode("ascii", "replace") for data in form.files.get("url", ())]
-    images = [*form.files.get("image", ()), *(picture_at(url, "url") for url in urls)]
+    images = [*form.files.get("image", ()), *(picture_at(url, "url", fetched) for url in urls)]
     masks = {*form.files.get("mask", ()), *form.files.get("mask_image", ())}
     if not images:
         raise RequestError("Missing required parameter: 'image'.", param="image", code="missing_required_parameter")
@@ -58,18 +80,20 @@ def from_form(form: Form) -> Pictures:
     return Pictures(images=tuple(images), mask=masks.pop() if masks else None)
 
 
-def from_json(images: Sequence[dict[str, Any]] | None, mask: dict[str, Any] | None) -> Pictures:
+def from_json(images: Sequence[dict[str, Any]] | None, mask: dict[str, Any] | None, fetched: Fetched) -> Pictures:
     """Raises `RequestError`."""
     if not images:
         raise RequestError("Missing required parameter: 'images'.", param="images", code="missing_required_parameter")
     return Pictures(
-        images=tuple(_referenced(reference, "images") for reference in images),
-        mask=None if mask is None else _referenced(mask, "mask"),
+        images=tuple(_referenced(reference, "images", fetched) for reference in images),
+        mask=None if mask is None else _referenced(mask, "mask", fetched),
     )
 
 
-def picture_at(url: str, param: str) -> bytes:
+def picture_at(url: str, param: str, fetched: Fetched) -> bytes:
     """The file that a URL stands for. Raises `RequestError`."""
+    if url in fetched:
+        return fetched[url]
     if url[:5].lower() != "data:":
         raise RequestError(
             f"'{param}' names '{url[:80]}', and this server fetches nothing from elsewhere: send the picture itself, "
@@ -85,7 +109,7 @@ def picture_at(url: str, param: str) -> bytes:
         raise RequestError(f"'{param}' has a data URL whose base64 is broken.", param=param) from None
 
 
-def _referenced(reference: dict[str, Any], param: str) -> bytes:
+def _referenced(reference: dict[str, Any], param: str, fetched: Fetched) -> bytes:
     try:
         found = validate(Reference, reference)
     except RequestError as e:
@@ -97,7 +121,7 @@ def _referenced(reference: dict[str, Any], param: str) -> bytes:
         )
     if found.image_url is None:
         raise RequestError(f"In '{param}': expected an 'image_url'.", param=param, code="missing_required_parameter")
-    return picture_at(found.image_url, param)
+    return picture_at(found.image_url, param, fetched)
 
 
 def _check(data: bytes, param: str, limits: Limits) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import struct
 import time
 import zlib
 
+import httpx
 import pytest
 from PIL import Image
 
+from darkroom.server.fetch import Fetcher
+from darkroom.server.form import Form
+from darkroom.server.uploads import fetch_form, fetch_json, from_form
 from tests.golden import picture_file
+
+from .conftest import CAPABILITIES, EDIT, Server, serving
 
 EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 PICTURE = picture_file(64, 64)
@@ -196,3 +203,33 @@ def test_data_urls_in_a_form(edit, engine):
     assert engine.requests[0].request.images == (PICTURE, large)
     for broken in ("data:image/png;base64,\u00e9", "data:image/png;base64,A", "data:,x"):
         refusal(edit.post(EDITS, data={"prompt": "x", "url": broken}, files={"user": (None, "x")}), "url")
+
+
+def test_pictures_from_allowed_hosts_alone_are_asked_for() -> None:
+    """The fetcher's own tests are of what it fetches; here it is which URLs it is asked for."""
+
+    class Asked(Fetcher):
+        async def fetch_picture(self, url: str, *, param: str = "image_url") -> bytes:
+            return f"{param}: {url}".encode()
+
+    remote, local = "https://a.example/a.png", "data:image/png;base64,AAAA"
+    references = [{"image_url": remote}, {"image_url": local}, {"file_id": "x"}, {"image_url": 5}, None]
+    assert asyncio.run(fetch_json(Asked(["a.example"]), references, "images")) == {
+        remote: b"images: " + remote.encode()
+    }
+    assert asyncio.run(fetch_json(Asked([]), references, "images")) == {}
+    form = Form(files={"url": [remote.encode(), local.encode()]})
+    fetched = asyncio.run(fetch_form(Asked(["a.example"]), form))
+    assert from_form(form, fetched).images == (b"url: " + remote.encode(), b"\0\0\0")
+
+
+def test_an_edit_asks_the_fetcher_which_refuses_this_machine(_server: Server) -> None:
+    edits = CAPABILITIES.override(EDIT)
+    with serving(_server.engine, capabilities=edits, allow_remote_media=["localhost"]) as server:
+        for url, message in (("https://localhost/a.png", "not public"), ("https://b.example/a.png", "")):
+            body = {"prompt": "x", "images": [{"image_url": url}]}
+            answer = httpx.post(f"{server.url}/v1/images/edits", json=body)
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert error["param"] == "images" and message in error["message"]
+            assert "fetches nothing" not in error["message"]
