@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import base64
 import io
+import json
 import os
 import shutil
 import signal
@@ -320,3 +321,30 @@ def ended(arguments: Sequence[str]) -> tuple[int, list[str]]:
     assert len(lines) == 1, errors
     known = ["transformer/diffusion_pytorch_model.safetensors", "config.json does not fit the weights"]
     return process.returncode, [words for words in known if words in lines[0]]
+
+
+# ---- videos --------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_server_makes_its_videos_when_it_is_back(tmp_path: Path) -> None:
+    """The demo model, declared as one of videos of a single frame."""
+    folder = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    video = {"tasks": ["text-to-video"], "fps": 8, "max_frames": 1, "max_inference_steps": 200}
+    (folder / "darkroom.json").write_text(json.dumps(video))
+    flags = (str(folder), "--data-dir", str(tmp_path / "data"))
+    with serve(*flags) as server, server.client:
+        made = server.client.videos.create(prompt=PROMPT, seconds="1", extra_body={"num_inference_steps": 200})
+        assert wait_until(lambda: server.client.videos.retrieve(made.id).status == "in_progress")
+        server.process.kill()
+    with serve(*flags) as server, server.client:
+        assert server.client.videos.poll(made.id, poll_interval_ms=100).status == "completed"
+        assert server.client.videos.download_content(made.id).content[4:8] == b"ftyp"
+
+
+def test_a_folder_for_videos_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    (folder / "darkroom.json").write_text(json.dumps({"tasks": ["text-to-video"], "fps": 8}))
+    process = start(str(folder), "--data-dir", str(folder / "darkroom.json"), stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=START_SECONDS)
+    assert (process.returncode, errors.count("\n")) == (2, 1), errors
+    assert errors.startswith("darkroom: --data-dir ")
