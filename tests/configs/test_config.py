@@ -42,6 +42,12 @@ SERVE_FLAGS = [
     ("--host", "0.0.0.0", "host", "0.0.0.0"),
     ("--port", "0", "port", 0),
     ("--served-model-name", "a/b", "served_model_name", "a/b"),
+    ("--data-dir", "/srv/videos", "data_dir", Path("/srv/videos")),
+    ("--database-url", "postgresql://host/jobs", "database_url", "postgresql://host/jobs"),
+    ("--files-url", "s3://bucket/videos", "files_url", "s3://bucket/videos"),
+    ("--job-ttl", "3600", "job_ttl", 3600.0),
+    ("--disk-budget", "0.5", "disk_budget", 0.5),
+    ("--max-videos", "2", "max_videos", 2),
     ("--omni", None, "omni", True),
 ]
 GENERATE_FLAGS = [
