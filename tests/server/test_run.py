@@ -326,14 +326,20 @@ def ended(arguments: Sequence[str]) -> tuple[int, list[str]]:
 # ---- videos --------------------------------------------------------------------------------------------------------
 
 
+def video_demo(folder: Path) -> Path:
+    """The demo model, declared as one that makes videos, of a single frame."""
+    model = Path(shutil.copytree(DEMO, folder / "model"))
+    file = model / "darkroom.json"
+    declared = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**declared, "tasks": ["text-to-video"], "fps": 8, "max_frames": 1}))
+    return model
+
+
 def test_a_killed_server_makes_its_videos_when_it_is_back(tmp_path: Path) -> None:
-    """The demo model, declared as one of videos of a single frame."""
-    folder = Path(shutil.copytree(DEMO, tmp_path / "model"))
-    video = {"tasks": ["text-to-video"], "fps": 8, "max_frames": 1, "max_inference_steps": 200}
-    (folder / "darkroom.json").write_text(json.dumps(video))
+    folder = video_demo(tmp_path)
     flags = (str(folder), "--data-dir", str(tmp_path / "data"))
     with serve(*flags) as server, server.client:
-        made = server.client.videos.create(prompt=PROMPT, seconds="1", extra_body={"num_inference_steps": 200})
+        made = server.client.videos.create(prompt=PROMPT, extra_body={"num_inference_steps": 200})
         assert wait_until(lambda: server.client.videos.retrieve(made.id).status == "in_progress")
         server.process.kill()
     with serve(*flags) as server, server.client:
@@ -342,8 +348,7 @@ def test_a_killed_server_makes_its_videos_when_it_is_back(tmp_path: Path) -> Non
 
 
 def test_a_folder_for_videos_that_cannot_be_had_is_named(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(DEMO, tmp_path / "model"))
-    (folder / "darkroom.json").write_text(json.dumps({"tasks": ["text-to-video"], "fps": 8}))
+    folder = video_demo(tmp_path)
     process = start(str(folder), "--data-dir", str(folder / "darkroom.json"), stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=START_SECONDS)
     assert (process.returncode, errors.count("\n")) == (2, 1), errors
