@@ -468,3 +468,35 @@ def ended(arguments: Sequence[str]) -> tuple[int, list[str]]:
     assert len(lines) == 1, errors
     known = ["transformer/diffusion_pytorch_model.safetensors", "config.json does not fit the weights"]
     return process.returncode, [words for words in known if words in lines[0]]
+
+
+# ---- videos --------------------------------------------------------------------------------------------------------
+
+
+def video_demo(folder: Path) -> Path:
+    """The demo model, declared as one that makes videos, of a single frame."""
+    model = Path(shutil.copytree(DEMO, folder / "model"))
+    file = model / "darkroom.json"
+    declared = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**declared, "tasks": ["text-to-video"], "fps": 8, "max_frames": 1}))
+    return model
+
+
+def test_a_killed_server_makes_its_videos_when_it_is_back(tmp_path: Path) -> None:
+    folder = video_demo(tmp_path)
+    flags = (str(folder), "--data-dir", str(tmp_path / "data"))
+    with serve(*flags) as server, server.client:
+        made = server.client.videos.create(prompt=PROMPT, extra_body={"num_inference_steps": 200})
+        assert wait_until(lambda: server.client.videos.retrieve(made.id).status == "in_progress")
+        server.process.kill()
+    with serve(*flags) as server, server.client:
+        assert server.client.videos.poll(made.id, poll_interval_ms=100).status == "completed"
+        assert server.client.videos.download_content(made.id).content[4:8] == b"ftyp"
+
+
+def test_a_folder_for_videos_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    folder = video_demo(tmp_path)
+    process = start(str(folder), "--data-dir", str(folder / "darkroom.json"), stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=START_SECONDS)
+    assert (process.returncode, errors.count("\n")) == (2, 1), errors
+    assert errors.startswith("darkroom: --data-dir ")
