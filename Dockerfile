@@ -18,8 +18,8 @@ RUN pip install --no-cache-dir /src && rm -rf /src
 RUN (userdel --remove ubuntu 2>/dev/null || true) && useradd --uid 1000 --create-home darkroom
 USER darkroom
 WORKDIR /home/darkroom
-RUN mkdir -p .cache/huggingface
-VOLUME /home/darkroom/.cache/huggingface
+RUN mkdir -p .cache/huggingface .local/share/darkroom
+VOLUME /home/darkroom/.cache/huggingface /home/darkroom/.local/share/darkroom
 
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
