@@ -222,6 +222,7 @@ def edit(http_of: Callable[[str], httpx.Client]) -> httpx.Client:
     return http_of("edit")
 
 
+@pytest.fixture(scope="session")
 def _postgresql() -> Iterator[tuple[Path, int]]:
     """A real server. It does not run as root, so that its folder is another user's."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("initdb") or "/none/x").parent]
