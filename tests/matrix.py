@@ -57,13 +57,13 @@ PAIRWISE: dict[int, list[Cell]] = {
         {"cfg": 2, "ring": 2},
     ],
 }
-"""What the families after the first are tried in, unless pytest is given `--matrix`: each in one of the checkpoints."""
+"""What the first family is tried in, unless pytest is given `--matrix`: each in one of the checkpoints."""
 
 FEW: dict[int, list[Cell]] = {
     2: [{"tp": 2, "vae-pp": 2}, {"usp": 2, "vae-pp": 2, "vae_use_tiling": True}],
     4: [{"cfg": 2, "ring": 2}],
 }
-"""The same, for families over another one's transformer and its plans."""
+"""The same, for the other families."""
 
 PAIR = [
     request("a cat on the left", seed=3),  # uneven: 35 image tokens, and text lengths that no degree divides

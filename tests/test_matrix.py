@@ -1,6 +1,6 @@
 """Golden equality, for every family: one process is the stock pipeline, and every layout of ranks is one process.
 
-In a subset of layouts for the families after the first, unless pytest is given `--matrix`. `scripts/matrix` runs all,
+In a subset of layouts, of few for the families after the first, unless pytest is given `--matrix`. `scripts/matrix` runs all,
 on up to 8 ranks, and writes what it finds to docs/models.md.
 """
 
