@@ -1,7 +1,7 @@
 """Golden equality, for every family: one process is the stock pipeline, and every layout of ranks is one process.
 
-In a subset of layouts, of few for the families after the first, unless pytest is given `--matrix`. `scripts/matrix` runs all,
-on up to 8 ranks, and writes what it finds to docs/models.md.
+In a subset of layouts, few for the families after the first, unless pytest is given `--matrix`. `scripts/matrix`
+runs all, on up to 8 ranks, and writes what it finds to docs/models.md.
 """
 
 from __future__ import annotations

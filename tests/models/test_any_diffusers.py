@@ -27,7 +27,8 @@ from darkroom.models.any_diffusers import AnyDiffusers
 from darkroom.models.checkpoint import Checkpoint, open_checkpoint
 from darkroom.offline import Darkroom
 from darkroom.parallel import guidance
-from darkroom.server.images import ImageRequest
+from darkroom.server.fields import GenerationRequest
+from darkroom.server.uploads import Pictures
 from tests import faults, tiny
 from tests.golden import TOLERANCE, difference, generate, picture_file, request, stock_pipeline, worker
 from tests.matrix import TEXT_TO_IMAGE, Cell, Expected, Fault, differences, one_process, run_cells
@@ -352,7 +353,9 @@ def test_capabilities_are_the_pipelines_own(folders: dict[str, Path], tmp_path: 
 def test_what_shows_no_previews_is_not_asked_for_them(folders: dict[str, Path]) -> None:
     capabilities = Checkpoint.open(str(folders["aura_flow"])).capabilities
     with pytest.raises(RequestError, match="AuraFlowPipeline shows no previews"):
-        ImageRequest.read({"prompt": "a cat", "stream": True, "partial_images": 1}).resolve(capabilities)
+        GenerationRequest.read({"prompt": "a cat", "stream": True, "partial_images": 1}).resolve(
+            capabilities, Pictures()
+        )
     with worker(folders["aura_flow"], ParallelConfig()) as one:
         one.execute(Prepare(ids=("a",), requests=(request(),)))
         with pytest.raises(RuntimeError, match="there are no previews"):

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from darkroom.configs.config import Limits
+from darkroom.configs.operations import OperationsConfig
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
 from tests.golden import picture_file
@@ -61,11 +62,12 @@ def test_a_host_that_is_none_is_not_repeated(http, server, host):
 def test_a_url_has_the_servers_scheme_and_root(engine):
     async def use():
         client = EngineClient(engine.address)
-        app = create_app(capabilities=CAPABILITIES, served_name=NAME, client=client)
+        operations = OperationsConfig(root_path="/pictures")
+        app = create_app(capabilities=CAPABILITIES, served_name=NAME, client=client, operations=operations)
         listener = asyncio.create_task(client.listen())
         while client.last_status.state != "ready":
             await asyncio.sleep(0.01)
-        transport = httpx.ASGITransport(app, root_path="/pictures")
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="https://example.com/pictures") as http:
             answer = await http.post(PATH, json={"prompt": "x", "response_format": "url"})
             url = answer.json()["data"][0]["url"]

@@ -404,9 +404,12 @@ def test_all_that_guards_a_server_at_once(tmp_path: Path) -> None:
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     flags = ["--ssl-certfile", str(certificate), "--api-key-file", str(keys), "--log-format", "json"]
-    with logs.open("w") as stderr, serve("demo", *flags, stderr=stderr.fileno()) as server:
+    with (
+        logs.open("w") as stderr,
+        serve("demo", *flags, stderr=stderr.fileno()) as server,
+        httpx.Client(verify=trust, timeout=30) as client,
+    ):
         assert server.url.startswith("https://")
-        client = httpx.Client(verify=trust, timeout=30)
         sdk = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, http_client=client)
         assert sdk.images.generate(prompt=PROMPT, extra_body={"num_inference_steps": 2}).data
         with pytest.raises(openai.AuthenticationError):
