@@ -21,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="try every family in every layout, not in a subset")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--matrix"):
+        for item in items:
+            if "matrix" in item.keywords and item.get_closest_marker("matrix"):
+                item.add_marker(pytest.mark.skip(reason="in the whole matrix only: --matrix"))
+
+
 @pytest.fixture(scope="session")
 def whole_matrix(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--matrix"))

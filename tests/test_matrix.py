@@ -39,8 +39,16 @@ def stock(subject: Subject, folders: dict[str, Path]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def expected(subject: Subject, folders: dict[str, Path]) -> Expected:
-    return one_process(folders, subject.kinds)
+def known() -> dict[str, Expected]:
+    """What one process gave, by subject: pytest would have it made anew for every size."""
+    return {}
+
+
+@pytest.fixture
+def expected(subject: Subject, folders: dict[str, Path], known: dict[str, Expected]) -> Expected:
+    if subject.title not in known:
+        known[subject.title] = one_process(folders, subject.kinds)
+    return known[subject.title]
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,9 @@ def size_of(module: torch.nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in module.state_dict().values() if not x.is_meta)
 
 
-@pytest.mark.parametrize("size", LAYOUTS)
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[pytest.mark.matrix] if size > 2 else []) for size in LAYOUTS]
+)
 def test_the_footprint_is_what_each_rank_holds(size: int, checkpoints: dict[str, Path]) -> None:
     folders = list(checkpoints.values())
     expected = [

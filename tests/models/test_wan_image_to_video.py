@@ -42,6 +42,7 @@ def test_one_process_is_the_stock_pipeline_in_bfloat16(name: str, checkpoints: d
     assert torch.equal(latents, run_wan(pipe, from_a_picture(), "latent"))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", NAMES)
 def test_one_process_encodes_in_tiles_as_the_stock_vae_does(
     name: str, stock: dict[str, Any], checkpoints: dict[str, Path]

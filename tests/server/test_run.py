@@ -298,7 +298,13 @@ def test_an_editing_model_edits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--usp 2 --ring 2", "--tp 4", "--cfg 2 --usp 2 --omni", "--tp 2 --usp 2 --vae-pp 4"],
+    [
+        "--tp 2 --usp 2 --vae-pp 4",
+        *(
+            pytest.param(flags, marks=pytest.mark.matrix)
+            for flags in ("--usp 2 --ring 2", "--tp 4", "--cfg 2 --usp 2 --omni")
+        ),
+    ],
 )
 def test_four_workers_draw_what_one_draws(flags: str, expected: Any) -> None:
     with serve("demo", *flags.split()) as server:
