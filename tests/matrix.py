@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from darkroom.configs import ParallelConfig, Request
+from darkroom.configs import ConfigError, EngineConfig, ParallelConfig, Request
 from darkroom.configs.capabilities import Capabilities
 from darkroom.engine.worker import Worker
+from darkroom.models.checkpoint import open_checkpoint
 from tests.golden import TOLERANCE, Outputs, decode_noise, difference, generate, request, worker
 
 Cell = dict[str, Any]
@@ -23,6 +24,7 @@ CELLS: dict[int, list[Cell]] = {
         {"ring": 2},
         {"tp": 2},
         {"cfg": 2},
+        {"cfg": 2, "vae-pp": 2},
         {"tp": 2, "vae-pp": 2},
         {"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
     ],
@@ -182,6 +184,15 @@ def lacks(cell: Cell, capabilities: Capabilities) -> list[str]:
     config = ParallelConfig.model_validate(cell)
     degrees = {**config.axes, "vae": config.vae_patch_parallel_size}
     return [axis for axis, degree in degrees.items() if degree > 1 and axis not in capabilities.axes]
+
+
+def refusal(cell: Cell, folder: Path) -> str | None:
+    """Why a checkpoint does not start in a layout."""
+    try:
+        open_checkpoint(EngineConfig.model_validate({"model": str(folder), "device": "cpu", **cell}))
+    except ConfigError as e:
+        return str(e)
+    return None
 
 
 # ---- deliberate faults -----------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from tests.matrix import (
     differences,
     lacks,
     one_process,
+    refusal,
     run_cells,
     run_trials,
     unequal,
@@ -63,6 +64,9 @@ A number is the largest difference of any latent or pixel on any rank, over requ
 without guidance, and, where a layout decodes in tiles, larger than a tile: tiny random weights of the real classes, in
 float32, by gloo on CPUs. More than {TOLERANCE:g} fails the run. *Tiles*: what ranks decode in tiles is what one process
 does, bit for bit. A dash is what was not tried; a layout without a plan is refused at start.
+
+The last sections are of pipelines that no family is written for: they run by their own call, and what they can do,
+plans included, is derived from diffusers' source. *Refused* there: their classes need as many heads on every rank.
 """
 
 
@@ -79,6 +83,8 @@ class Measured:
     """The cells whose tiles were compared."""
     stock: list[tuple[float, int]] = field(default_factory=list)
     """How far one process is from the stock pipeline: latents, and levels of 255, by request."""
+    refused: set[str] = field(default_factory=set)
+    """The cells that its checkpoints do not start in, though there are plans for all axes."""
     faults: list[str] = field(default_factory=list)
     """Those that showed."""
     failures: list[str] = field(default_factory=list)
@@ -120,19 +126,21 @@ def _compare_layouts(
     subject: Subject, folders: dict[str, Path], size: int, cells: list[Cell], measured: Measured, bar: Any
 ) -> None:
     """All cells of one number of ranks, in one group of processes."""
-    planned = [cell for cell in cells if not lacks(cell, subject.family.capabilities)]
-    if planned:
+    planned = [cell for cell in cells if not lacks(cell, subject.capabilities)]
+    refused = [cell for cell in planned if any(refusal(cell, folder) for folder in folders.values())]
+    measured.refused |= {str(cell) for cell in refused}
+    if planned := [cell for cell in planned if cell not in refused]:
         expected = one_process(folders, subject.kinds)
         try:
             results = run_ranks(run_cells, size, folders, planned, nullcontext, subject.kinds, timeout=TIMEOUT)
             measured.add(differences(results, expected))
         except RankError as e:
             measured.failures.append(f"{size} ranks: {e}")
-    bar.update(len(planned) * len(folders))
+    bar.update((len(planned) + len(refused)) * len(folders))
 
 
 def _try_faults(subject: Subject, first: dict[str, Path], measured: Measured, bar: Any) -> None:
-    trials = [trial for trial in subject.trials if not lacks(trial.cell, subject.family.capabilities)]
+    trials = [trial for trial in subject.trials if not lacks(trial.cell, subject.capabilities)]
     try:
         results = run_ranks(run_trials, 2, first, trials, subject.kinds, timeout=TIMEOUT)
         hidden = unseen(trials, results, one_process(first, subject.kinds))
@@ -146,7 +154,7 @@ def _try_faults(subject: Subject, first: dict[str, Path], measured: Measured, ba
 
 def comparisons(subject: Subject, cells: Mapping[int, list[Cell]]) -> int:
     """How many `measure` makes."""
-    capabilities = subject.family.capabilities
+    capabilities = subject.capabilities
     planned = sum(not lacks(cell, capabilities) for some in cells.values() for cell in some)
     eight = sum(not lacks(cell, capabilities) for cell in EIGHT) if subject.eight else 0
     trials = sum(not lacks(trial.cell, capabilities) for trial in subject.trials)
@@ -177,14 +185,16 @@ def section(subject: Subject, measured: Measured, cells: Mapping[int, list[Cell]
     header = ["layout", "ranks", *(name.replace("_", " ") for name in variants), "tiles"]
     rows = [header, ["---"] * len(header), *(_row(cell, subject, variants, measured) for cell in every)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{describe(subject.family.capabilities)}\n{table}\n\n{_facts(subject, measured)}\n"
+    return f"{describe(subject.capabilities)}\n{table}\n\n{_facts(subject, measured)}\n"
 
 
 def _row(cell: Cell, subject: Subject, variants: Iterable[str], measured: Measured) -> list[str]:
     found = [measured.worst.get((str(cell), variant)) for variant in variants]
     numbers = ["-" if value is None else f"{value:.1e}" for value in found]
-    if missing := lacks(cell, subject.family.capabilities):
+    if missing := lacks(cell, subject.capabilities):
         numbers = [f"no plan for {', '.join(missing)}"] * len(numbers)
+    elif str(cell) in measured.refused:
+        numbers = ["refused"] * len(numbers)
     tiles = "identical" if str(cell) in measured.tiled else ""
     return [f"`{flags(cell)}`", str(ParallelConfig.model_validate(cell).world_size), *numbers, tiles]
 
@@ -219,7 +229,7 @@ def write(page: Path, new: Mapping[str, str], titles: Iterable[str]) -> None:
 def _described_anew(page: Path, subjects: Iterable[Subject]) -> dict[str, str]:
     """The page's sections, with what was measured as it is."""
     old = {text.partition("\n")[0]: text for text in page.read_text().split("\n## ")[1:]}
-    capabilities = {subject.title: subject.family.capabilities for subject in subjects}
+    capabilities = {subject.title: subject.capabilities for subject in subjects}
     return {
         title: f"{describe(capabilities[title])}\n| layout{text.partition('| layout')[2].rstrip()}\n"
         for title, text in old.items()

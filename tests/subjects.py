@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -20,7 +23,10 @@ from diffusers.pipelines.qwenimage import (
 from PIL import Image
 
 from darkroom.configs import Request
+from darkroom.configs.capabilities import Capabilities
 from darkroom.models import Model
+from darkroom.models.any_diffusers import AnyDiffusers
+from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.longcat_image import LongCatImage, LongCatImageEdit
 from darkroom.models.ovis_image import OvisImage
 from darkroom.models.qwen_image import QwenImage
@@ -100,6 +106,7 @@ class Subject:
     """One family under test."""
 
     family: type[Model]
+    """`AnyDiffusers` for pipelines that no family is written for."""
     variants: Mapping[str, Builder]
     """Tiny checkpoints by name. One has a number of heads that no number of ranks divides."""
     eight: Builder | None = None
@@ -122,7 +129,15 @@ class Subject:
 
     @property
     def title(self) -> str:
-        return self.family.capabilities.family
+        return self.pipeline.__name__ if self.family is AnyDiffusers else self.family.capabilities.family
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """The family's; where no family declares them, those that are derived from the first checkpoint."""
+        if self.family is not AnyDiffusers:
+            return self.family.capabilities
+        with TemporaryDirectory() as root:
+            return Checkpoint.open(str(next(iter(self.variants.values()))(Path(root) / "checkpoint"))).capabilities
 
     def layouts(self, size: int, whole: bool) -> dict[str, list[Cell]]:
         """What is tried on so many ranks, by variant. Of a subset each layout in one variant, in turn."""
@@ -136,7 +151,7 @@ class Subject:
         return [
             trial
             for trial in self.trials
-            if whole or self.subset is not FEW or trial.fault not in {one.fault for one in TRIALS}
+            if whole or self.subset is PAIRWISE or trial.fault not in {one.fault for one in TRIALS}
         ]
 
     def stock(self, folder: Path) -> Any:
@@ -144,7 +159,7 @@ class Subject:
 
     def allowed(self, request: Request) -> tuple[float, int]:
         """How far one process may be from the stock pipeline: in the latents, and in levels of 255."""
-        guided = request.guidance_scale > self.family.capabilities.no_guidance
+        guided = request.guidance_scale > self.capabilities.no_guidance
         return (TOLERANCE, 1) if self.batches_branches and guided else (0.0, 0)
 
 
@@ -564,6 +579,64 @@ WAN_IMAGE_TO_VIDEO = Subject(
     ),
 )
 
+
+# ---- pipelines that no family is written for -------------------------------------------------------------------------
+
+
+def run_other(pipe: Any, request: Request, output_type: str) -> Any:
+    """The latents are those of the last step: some pipelines return them in another form."""
+    options, takes = stock_options(request, output_type), inspect.signature(pipe.__call__).parameters
+    latents: list[Any] = []
+    if output_type == "latent":
+        options["output_type"] = "pt"
+        if "callback_on_step_end" in takes:
+            options["callback_on_step_end"] = lambda _pipe, _step, _time, x: (latents.append(x["latents"]), x)[1]
+        else:
+            options["callback"] = lambda _step, _time, x: latents.append(x)
+    options["max_sequence_length"] = request.max_sequence_length
+    options["true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale"] = request.guidance_scale
+    if request.embedded_guidance is not None:
+        options["guidance_scale"] = request.embedded_guidance
+    if request.images:
+        options["image"] = [opened(image) for image in request.images]
+    pictures = pipe(**{name: value for name, value in options.items() if name in takes}).images
+    return latents[-1] if output_type == "latent" else pictures
+
+
+OTHER_REQUESTS = {
+    "square": request("a green star", width=128, height=128, seed=7),
+    "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=4),
+    "no guidance": request("a cat", guidance_scale=1.0, num_inference_steps=1, max_sequence_length=32),
+}
+OTHER_KINDS = {**TEXT_TO_IMAGE, "large": replace(TEXT_TO_IMAGE["large"], decodes_noise=False)}
+"""A stock pipeline decodes at the end of its call only."""
+ROWS = Trial(fault=faults.rows_of_both_branches_are_swapped, cell={"cfg": 2}, kinds=GUIDED)
+SPREAD = (*TRIALS[:3], FUSED, GROUP_NORMS)
+"""Faults that show wherever diffusers' own plans are used."""
+
+
+def other(pipeline: Any, build: Builder, *trials: Trial, **values: Any) -> Subject:
+    return Subject(
+        family=AnyDiffusers,
+        variants={"4_heads": build},
+        pipeline=pipeline,
+        run_stock=run_other,
+        **{"requests": OTHER_REQUESTS, "kinds": OTHER_KINDS, "trials": trials, **values},
+    )
+
+
+FLUX = other(diffusers.FluxPipeline, tiny.flux, *SPREAD, subset={2: [{"usp": 2, "vae-pp": 2, "vae_use_tiling": True}]})
+FLUX_2_KLEIN = other(
+    diffusers.Flux2KleinPipeline,
+    tiny.flux2_klein,
+    *SPREAD,
+    requests={**OTHER_REQUESTS, "edit": request("a cat in blue", task="edit", images=(WIDE,), num_inference_steps=2)},
+    kinds={**OTHER_KINDS, "edit": Kind(requests=[request("a cat in blue", task="edit", images=(WIDE,))])},
+    subset={2: [{"tp": 2}]},
+)
+AURA_FLOW = other(diffusers.AuraFlowPipeline, tiny.aura_flow, ROWS, subset={2: [{"cfg": 2, "vae-pp": 2}]})
+PIXART_SIGMA = other(diffusers.PixArtSigmaPipeline, tiny.pixart_sigma, ROWS, subset={})
+
 SUBJECTS: dict[str, Subject] = {
     "qwen_image": QWEN_IMAGE,
     "qwen_image_edit": QWEN_IMAGE_EDIT,
@@ -576,5 +649,9 @@ SUBJECTS: dict[str, Subject] = {
     "sd3": SD3,
     "wan": WAN,
     "wan_image_to_video": WAN_IMAGE_TO_VIDEO,
+    "flux": FLUX,
+    "flux2_klein": FLUX_2_KLEIN,
+    "aura_flow": AURA_FLOW,
+    "pixart_sigma": PIXART_SIGMA,
 }
 """By name; a variant's checkpoint is called `<subject>_<variant>`."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from darkroom.models import FAMILIES
+from darkroom.models.any_diffusers import AnyDiffusers
 from tests import faults
 from tests.golden import from_stock
 from tests.matrix import CELLS, Expected, Trial, differences, one_process, run_cells, run_trials, unequal, unseen
@@ -96,7 +97,7 @@ def test_a_fault_that_does_not_show_is_named() -> None:
 
 
 def test_every_family_is_a_subject_and_every_fault_is_tried() -> None:
-    assert {subject.family for subject in SUBJECTS.values()} == set(FAMILIES)
+    assert {subject.family for subject in SUBJECTS.values()} == {*FAMILIES, AnyDiffusers}
     kinds = {
         fault for name, fault in inspect.getmembers(faults, inspect.isfunction) if fault.__module__ == "tests.faults"
     }

@@ -258,12 +258,30 @@ class AnyDiffusers(Model):
     def _call(self, sample: CallSample, pause: Callable[[], None]) -> Any:
         """Runs on the call's thread."""
         pipe, branches = copy(self.pipe), self._branches(sample.request)
+        steps = _Steps(sample, pause, branches, ends_in_callback="callback" in self.parameters)
         vars(pipe).update(
             scheduler=sample.scheduler,
             transformer=_Transformer(self.pipe.transformer, branches) if branches else self.pipe.transformer,
-            progress_bar=lambda total: _Steps(sample, pause, total, branches),
+            progress_bar=steps.of,
         )
-        return pipe(**self._arguments(sample)).images
+        return pipe(**self._arguments(sample.request), **self._callback(sample, steps)).images
+
+    def _callback(self, sample: CallSample, steps: _Steps) -> dict[str, Any]:
+        """What tells the latents after each step, under the name that the pipeline has for it."""
+
+        def keep(latents: torch.Tensor) -> dict[str, Any]:
+            sample.latents = latents
+            return {}
+
+        def end(latents: torch.Tensor) -> None:
+            keep(latents)
+            steps.end()
+
+        hooks = {
+            "callback_on_step_end": lambda _pipe, _step, _time, values: keep(values["latents"]),
+            "callback": lambda _step, _time, latents: end(latents),
+        }
+        return {name: hook for name, hook in hooks.items() if name in self.parameters}
 
     def _branches(self, request: Request) -> BranchCalls | None:
         from darkroom.parallel.guidance import BranchCalls
@@ -272,14 +290,8 @@ class AnyDiffusers(Model):
             return None
         return BranchCalls(self.pipe.transformer, self.mesh.cfg, self.forms)
 
-    def _arguments(self, sample: CallSample) -> dict[str, Any]:
+    def _arguments(self, request: Request) -> dict[str, Any]:
         """What the pipeline's call is given, of what it takes."""
-        request = sample.request
-
-        def keep(latents: torch.Tensor) -> dict[str, Any]:
-            sample.latents = latents
-            return {}
-
         values = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -291,8 +303,6 @@ class AnyDiffusers(Model):
             "max_sequence_length": request.max_sequence_length,
             "generator": noise_generator(request),
             "output_type": "pt",
-            "callback_on_step_end": lambda _pipe, _step, _time, values: keep(values["latents"]),
-            "callback": lambda _step, _time, latents: keep(latents),
             **self._pictures(request),
         }
         return {name: value for name, value in values.items() if name in self.parameters}
@@ -359,12 +369,22 @@ class AnyDiffusers(Model):
 
 
 class _Steps:
-    """Stands for the pipeline's progress bar, whose loop pauses when it begins, and after every step."""
+    """Stands for the pipeline's progress bar, whose loop pauses when it begins, and after every step.
 
-    def __init__(self, sample: CallSample, pause: Callable[[], None], total: int, branches: BranchCalls | None) -> None:
+    `ends_in_callback`: a step is over with the older callback, which comes after the bar moves; the newer comes before.
+    """
+
+    def __init__(
+        self, sample: CallSample, pause: Callable[[], None], branches: BranchCalls | None, *, ends_in_callback: bool
+    ) -> None:
         self._sample, self._pause, self._branches = sample, pause, branches
+        self._ends_in_callback = ends_in_callback
         self._is_first = True
-        sample.steps = total
+
+    def of(self, total: int) -> _Steps:
+        """Stands for the method that makes the bar."""
+        self._sample.steps = total
+        return self
 
     def __enter__(self) -> _Steps:
         self._pause()
@@ -374,6 +394,10 @@ class _Steps:
         return
 
     def update(self, _steps: int = 1) -> None:
+        if not self._ends_in_callback:
+            self.end()
+
+    def end(self) -> None:
         if self._branches:
             self._branches.end_step()
             if self._is_first and not self._sample.latents.isfinite().all():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +21,6 @@ import torch
 from diffusers import AuraFlowPipeline, Flux2KleinPipeline, FluxPipeline, PixArtSigmaPipeline, SanaPipeline
 
 from darkroom.configs import ConfigError, EngineConfig, ParallelConfig, Request, RequestError, SamplingParams
-from darkroom.configs.pictures import load_picture
 from darkroom.engine.messages import Decode, Drop, Prepare, Step
 from darkroom.models.any_diffusers import AnyDiffusers
 from darkroom.models.checkpoint import Checkpoint, open_checkpoint
@@ -29,10 +28,11 @@ from darkroom.offline import Darkroom
 from darkroom.parallel import guidance
 from darkroom.server.fields import GenerationRequest
 from darkroom.server.uploads import Pictures
-from tests import faults, tiny
+from tests import tiny
 from tests.golden import TOLERANCE, difference, generate, picture_file, request, stock_pipeline, worker
-from tests.matrix import TEXT_TO_IMAGE, Cell, Expected, Fault, differences, one_process, run_cells
+from tests.matrix import Cell, run_cells
 from tests.ranks import RankError, run_ranks
+from tests.subjects import OTHER_KINDS, run_other
 
 STOCK = {
     "flux": FluxPipeline,
@@ -48,47 +48,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: getattr(tiny, name)(root / name) for name in STOCK}
 
 
-def run_stock(pipe: Any, request: Request, output_type: str) -> Any:
-    values: dict[str, Any] = {"guidance_scale": request.guidance_scale, "negative_prompt": request.negative_prompt}
-    if isinstance(pipe, FluxPipeline):
-        values["true_cfg_scale"] = values.pop("guidance_scale")
-        if request.embedded_guidance is not None:
-            values["guidance_scale"] = request.embedded_guidance
-    if isinstance(pipe, Flux2KleinPipeline):
-        del values["negative_prompt"]
-        values["image"] = [load_picture(image).convert("RGB") for image in request.images] or None
-    return pipe(
-        prompt=request.prompt,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.num_inference_steps,
-        max_sequence_length=request.max_sequence_length,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type=output_type,
-        **values,
-    ).images
-
-
-REQUESTS = {
-    "square": request("a green star", width=128, height=128, seed=7),
-    "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=4),
-    "no guidance": request("a cat", guidance_scale=1.0, num_inference_steps=1, max_sequence_length=32),
-}
-
-
-@pytest.mark.parametrize("name", STOCK)
-def test_one_process_is_the_stock_pipeline(name: str, folders: dict[str, Path]) -> None:
-    stock = stock_pipeline(STOCK[name], folders[name])
-    with worker(folders[name], ParallelConfig()) as one:
-        for wanted in REQUESTS.values():
-            [(_, decoded)] = generate(one, [wanted]).values()
-            assert decoded is not None
-            [picture] = one.model.pictures(decoded)
-            assert torch.equal(decoded, run_stock(stock, wanted, "pt"))
-            assert np.array_equal(np.asarray(picture), np.asarray(run_stock(stock, wanted, "pil")[0]))
-        assert calls_in_flight() == []
-
-
 def test_guidance_as_an_input_is_told_from_the_other_kind(folders: dict[str, Path]) -> None:
     params = SamplingParams(width=64, height=64, num_inference_steps=2, seed=0, max_sequence_length=32)
     stock = stock_pipeline(FluxPipeline, folders["flux"])
@@ -97,7 +56,7 @@ def test_guidance_as_an_input_is_told_from_the_other_kind(folders: dict[str, Pat
         for values in ({}, {"guidance_scale": 9.0}, {"guidance_scale": 9.0, "true_cfg_scale": 2.0}):
             wanted = one.model.capabilities.resolve("a cat", replace(params, **values))
             pictures.append(generate(one, [wanted])["0"][1])
-            assert torch.equal(pictures[-1], run_stock(stock, wanted, "pt"))
+            assert torch.equal(pictures[-1], run_other(stock, wanted, "pt"))
     assert not any(torch.equal(a, b) for a, b in combinations(pictures, 2))
 
 
@@ -109,7 +68,7 @@ def test_a_picture_is_edited(folders: dict[str, Path]) -> None:
     with worker(folders["flux2_klein"], ParallelConfig()) as one:
         edited = generate(one, [EDIT])["0"][1]
     stock = stock_pipeline(Flux2KleinPipeline, folders["flux2_klein"])
-    assert edited is not None and torch.equal(edited, run_stock(stock, EDIT, "pt"))
+    assert edited is not None and torch.equal(edited, run_other(stock, EDIT, "pt"))
 
 
 @pytest.mark.matrix
@@ -174,45 +133,6 @@ def test_errors_inside_the_call_are_the_commands(folders: dict[str, Path]) -> No
     assert calls_in_flight() == []
 
 
-KINDS = {**TEXT_TO_IMAGE, "large": replace(TEXT_TO_IMAGE["large"], decodes_noise=False)}
-"""A stock pipeline decodes at the end of its call only."""
-
-# ---- layouts ---------------------------------------------------------------------------------------------------------
-
-LAYOUTS: dict[str, dict[int, list[Cell]]] = {
-    "flux": {
-        2: [{"cfg": 2}, {"usp": 2, "vae-pp": 2, "vae_use_tiling": True}, {"ring": 2}, {"tp": 2, "vae-pp": 2}],
-        4: [{"cfg": 2, "usp": 2, "vae-pp": 3}, {"usp": 2, "ring": 2}, {"cfg": 2, "tp": 2}],
-    },
-    "flux2_klein": {
-        2: [{"cfg": 2, "vae-pp": 2}, {"usp": 2}, {"ring": 2, "vae-pp": 2, "vae_use_tiling": True}, {"tp": 2}],
-        4: [{"cfg": 2, "ring": 2, "vae-pp": 4}, {"usp": 2, "tp": 2}, {"tp": 4}],
-    },
-    "aura_flow": {2: [{"cfg": 2, "vae-pp": 2}]},
-    "pixart_sigma": {2: [{"cfg": 2, "vae-pp": 2}]},
-}
-
-
-@pytest.fixture(scope="module")
-def expected(folders: dict[str, Path]) -> Expected:
-    return one_process(folders, KINDS)
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        pytest.param(name, size, marks=() if name == "aura_flow" else pytest.mark.matrix)
-        for name, sizes in LAYOUTS.items()
-        for size in sizes
-    ],
-)
-def test_every_layout_is_one_process(name: str, size: int, folders: dict[str, Path], expected: Expected) -> None:
-    cells = LAYOUTS[name][size]
-    worst = differences(run_ranks(run_cells, size, {name: folders[name]}, cells, nullcontext, KINDS), expected)
-    assert len(worst) >= size * len(cells) * 3
-    assert {cell: value for cell, value in worst.items() if value > TOLERANCE} == {}
-
-
 @pytest.mark.matrix
 def test_calls_are_all_finished_on_every_rank(folders: dict[str, Path]) -> None:
     assert run_ranks(count_calls, 3, folders["flux2_klein"]) == [0, 0, 0]
@@ -239,48 +159,10 @@ def branches_are_not_exchanged() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def rows_are_swapped() -> Iterator[None]:
-    inner = guidance.BranchCalls._both
-
-    def swapped(self: guidance.BranchCalls, latents: Any, args: Any, kwargs: Any) -> Any:
-        return guidance._map(inner(self, latents, args, kwargs), lambda x: x.flip(0))
-
-    with patch.object(guidance.BranchCalls, "_both", swapped):
-        yield
-
-
-GUIDED = {"interleaved", "batched"}
-EVERY = {*GUIDED, "one branch"}
-
-
-@pytest.mark.parametrize(
-    ("name", "fault", "cell", "kinds"),
-    [
-        ("aura_flow", rows_are_swapped, {"cfg": 2}, GUIDED),
-        ("flux", faults.ring_skips_a_hop, {"ring": 2}, EVERY),
-        *(
-            pytest.param(name, fault, cell, EVERY, marks=pytest.mark.matrix)
-            for name, fault, cell in (
-                ("flux", faults.parts_are_cut_as_one, {"tp": 2}),
-                ("flux2_klein", faults.parts_are_cut_as_one, {"tp": 2}),
-                ("flux2_klein", faults.partial_sums_are_not_reduced, {"tp": 2}),
-                ("flux2_klein", faults.heads_come_back_in_another_order, {"usp": 2}),
-            )
-        ),
-    ],
-)
-def test_a_fault_is_seen(
-    name: str, fault: Fault, cell: Cell, kinds: set[str], folders: dict[str, Path], expected: Expected
-) -> None:
-    worst = differences(run_ranks(run_cells, 2, {name: folders[name]}, [cell], fault, KINDS), expected)
-    assert {kind for (*_, kind), value in worst.items() if value > 10 * TOLERANCE} == kinds
-
-
 @pytest.mark.parametrize("name", ["flux", "flux2_klein"])
 def test_a_placeholder_that_is_not_filled_is_told(name: str, folders: dict[str, Path]) -> None:
     with pytest.raises(RankError, match="used a guidance branch before it asked for the other"):
-        run_ranks(run_cells, 2, {name: folders[name]}, [{"cfg": 2}], branches_are_not_exchanged, KINDS)
+        run_ranks(run_cells, 2, {name: folders[name]}, [{"cfg": 2}], branches_are_not_exchanged, OTHER_KINDS)
 
 
 # ---- at the start ----------------------------------------------------------------------------------------------------
@@ -314,7 +196,7 @@ def test_a_vae_without_a_plan_decodes_on_one_rank(tmp_path: Path) -> None:
     with worker(folder, ParallelConfig()) as one:
         whole = generate(one, [wanted])
     picture = whole["0"][1]
-    assert picture is not None and torch.equal(picture, run_stock(stock_pipeline(SanaPipeline, folder), wanted, "pt"))
+    assert picture is not None and torch.equal(picture, run_other(stock_pipeline(SanaPipeline, folder), wanted, "pt"))
     outputs = run_ranks(one_request, 2, folder, {"cfg": 2}, wanted)
     assert difference(outputs[0], whole) <= TOLERANCE and outputs[1]["0"][1] is None
 
@@ -388,4 +270,4 @@ def test_the_whole_engine_runs_one(folders: dict[str, Path]) -> None:
     wanted = request("a cat", width=64, height=48, num_inference_steps=2, seed=3, guidance_scale=2.0)
     wanted = Request(**{**{f: getattr(wanted, f) for f in wanted.__struct_fields__}, "max_sequence_length": 512})
     stock = stock_pipeline(Flux2KleinPipeline, folders["flux2_klein"])
-    assert np.array_equal(np.asarray(picture), np.asarray(run_stock(stock, wanted, "pil")[0]))
+    assert np.array_equal(np.asarray(picture), np.asarray(run_other(stock, wanted, "pil")[0]))
