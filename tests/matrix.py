@@ -200,7 +200,7 @@ def refusal(cell: Cell, folder: Path) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A fault, where it shows, and in which kinds of requests: in these, and in no others."""
+    """A fault, and where it must show: in which layout, and in which kinds of requests at least."""
 
     fault: Fault
     cell: Cell

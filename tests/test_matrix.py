@@ -16,11 +16,11 @@ import torch
 
 from darkroom.models import FAMILIES
 from darkroom.models.any_diffusers import AnyDiffusers
-from tests import faults
+from tests import faults, tiny
 from tests.golden import from_stock
 from tests.matrix import CELLS, Expected, Trial, differences, one_process, run_cells, run_trials, unequal, unseen
 from tests.ranks import run_ranks
-from tests.subjects import SUBJECTS, Subject
+from tests.subjects import SUBJECTS, Builder, Subject
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,22 @@ def test_every_layout_is_one_process(
         worst = differences(results, expected)
         assert len(worst) >= size * len(cells) * 3
         assert unequal(worst) == {}
+
+
+@pytest.mark.parametrize(
+    ("subject", "build"),
+    [
+        ("z_image", lambda folder: tiny.z_image(folder, heads=30)),
+        ("sd3", lambda folder: tiny.sd3(folder, heads=38, dual=False)),
+    ],
+    indirect=["subject"],
+)
+def test_heads_of_the_published_sizes_over_four_ranks(subject: Subject, build: Builder, tmp_path: Path) -> None:
+    """Z-Image's 30, and those of SD3.5-large: neither divides by four."""
+    folders, kinds = {"published": build(tmp_path / "published")}, {"batched": subject.kinds["batched"]}
+    results = run_ranks(run_cells, 4, folders, [{"tp": 4}], nullcontext, kinds)
+    worst = differences(results, one_process(folders, kinds))
+    assert len(worst) == 4 and unequal(worst) == {}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, indirect=True)

@@ -52,8 +52,8 @@ class Capabilities(BaseModel):
     negative_prompt: str = ""
     """The negative prompt of a request that has none."""
     takes_negative_prompt: bool = True
-    max_sequence_length: int
-    """Prompt tokens that are used where a request does not say."""
+    max_sequence_length: int | None
+    """Prompt tokens that are used where a request does not say; None where prompts are never cut off."""
     text_window: int
     """The largest `max_sequence_length`: the text encoder's window in tokens, the template not counted."""
     guidance_branches: int
@@ -146,9 +146,9 @@ class Capabilities(BaseModel):
                 return found
             raise RequestError(f"{self.family} needs a picture to begin with: 'image'.", param="image")
         if params.mask is None:
-            found = self._first_of(("edit", "layered", "image-to-video", "image-to-image"))
-            assert found, "max_images without a task that takes pictures"
-            return found
+            if found := self._first_of(("edit", "layered", "image-to-video", "image-to-image")):
+                return found
+            raise RequestError(f"{self.family} draws over a part of a picture: it needs a 'mask' too.", param="mask")
         if "inpaint" not in self.tasks:
             raise RequestError(f"{self.family} takes no mask: it redraws the whole picture.", param="mask")
         if (size := picture_size(params.mask, "mask")) != sizes[0]:
@@ -292,6 +292,10 @@ class Capabilities(BaseModel):
         return _between(steps, self.min_inference_steps, self.max_inference_steps, "num_inference_steps")
 
     def _sequence_length(self, length: int | None) -> int:
+        if self.max_sequence_length is None:
+            if length is not None:
+                raise RequestError(f"{self.family} cuts no prompt off.", param="max_sequence_length")
+            return self.text_window
         if length is None:
             return self.max_sequence_length
         return _between(length, 1, self.text_window, "max_sequence_length")

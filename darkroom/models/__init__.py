@@ -1,4 +1,4 @@
-"""One file per model family. Adding a family is one file here, one line in `MODELS`, one builder in tests/tiny.py."""
+"""One file per model family. To add one: docs/adding-a-model.md."""
 
 from .base import Component, Model, Sample
 from .longcat_image import LongCatImage, LongCatImageEdit

@@ -6,7 +6,6 @@ What such a pipeline can do is not declared here but derived, from its source an
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from darkroom.parallel.plan import Plan
 
 from . import autoencoder_kl
 from .base import Component, Model, Sample, noise_generator
+from .json_file import read_json
 from .stock import Source, find_class, sequence_plan, tensor_plan
 from .text_encoders import BY_CLASS
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .stepwise import StepwiseCall
 
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
+_VIDEO = {"num_frames", "frames", "video_length", "video"}
+_CONTROLS = {"control_image", "control_guidance_start", "controlnet_conditioning_scale"}
 _VAE_PLANS = {"AutoencoderKL": autoencoder_kl.VAE.plan, "AutoencoderKLFlux2": autoencoder_kl.VAE.plan}
 
 
@@ -62,19 +64,21 @@ def _refusal(pipeline: Source) -> str | None:
         return f"it has no {' and no '.join(missing)}"
     if missing := [parameter for parameter in _NEEDED if parameter not in call]:
         return f"its call takes no {' and no '.join(missing)}"
-    if "num_frames" in call:
+    if _VIDEO & set(call) or ".frames" in pipeline.code("__call__") or "(frames=" in pipeline.code("__call__"):
         return "it makes videos"
+    if not re.search(r"return \w+\(\s*images?=", pipeline.code("__call__")):
+        return "it does not return pictures"
+    if missing := sorted(_CONTROLS & set(call)):
+        return f"it draws by a '{missing[0]}', which no request brings"
+    if not {"callback_on_step_end", "callback"} & set(call):
+        return "its call takes no callback after a step"
     if "self.progress_bar(total=" not in pipeline.code("__call__"):
         return "its loop keeps no progress bar, which is how steps are told apart"
     return None
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"the checkpoint is incomplete: {folder.name}/config.json is missing")
-    config: dict[str, Any] = json.loads(file.read_text())
-    return config
+    return read_json(folder / "config.json", "the checkpoint is incomplete")
 
 
 def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dict[str, Component]:
@@ -264,7 +268,7 @@ class AnyDiffusers(Model):
             transformer=_Transformer(self.pipe.transformer, branches) if branches else self.pipe.transformer,
             progress_bar=steps.of,
         )
-        return pipe(**self._arguments(sample.request), **self._callback(sample, steps)).images
+        return pipe(**self._arguments(sample.request), **self._callback(sample, steps), return_dict=False)[0]
 
     def _callback(self, sample: CallSample, steps: _Steps) -> dict[str, Any]:
         """What tells the latents after each step, under the name that the pipeline has for it."""
@@ -379,7 +383,6 @@ class _Steps:
     ) -> None:
         self._sample, self._pause, self._branches = sample, pause, branches
         self._ends_in_callback = ends_in_callback
-        self._is_first = True
 
     def of(self, total: int) -> _Steps:
         """Stands for the method that makes the bar."""
@@ -399,10 +402,7 @@ class _Steps:
 
     def end(self) -> None:
         if self._branches:
-            self._branches.end_step()
-            if self._is_first and not self._sample.latents.isfinite().all():
-                raise RuntimeError("the pipeline used a guidance branch before it asked for the other: use --cfg 1")
-        self._is_first = False
+            self._branches.end_step(self._sample.latents)
         self._pause()
 
 

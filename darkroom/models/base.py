@@ -49,6 +49,8 @@ class Component:
     """What a key of the checkpoint begins with, and what the class has there; keys with none of these are left out."""
     leave_out: tuple[str, ...] = ()
     """Prefixes of keys that the class has no use for."""
+    unread: str | None = None
+    """A list of layers of which nobody reads what the last one makes: it hands on what it gets, without weights."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the class's configuration holds whatever config.json says."""
     processor: Callable[[], Any] | None = None

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from darkroom.configs.config import EngineConfig
-from darkroom.parallel.loading import load
+from darkroom.parallel.loading import find_variant, load
 from darkroom.parallel.mesh import Axis, Mesh
 from darkroom.parallel.sequence import SequenceParallel
 from darkroom.parallel.tensor import shard
@@ -96,7 +96,9 @@ def _whole(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch
     """A component that is not cut, as its library loads it, which may rename, tie or keep parameters in float32."""
     component = checkpoint.family.components[name]
     cls = getattr(importlib.import_module(component.module), component.name)
-    module: nn.Module = cls.from_pretrained(checkpoint.folder / name, dtype=dtype, local_files_only=True)
+    folder = checkpoint.folder / name
+    options = {"dtype": dtype, "variant": find_variant(folder), "local_files_only": True}
+    module: nn.Module = cls.from_pretrained(folder, **options)
     module = module.eval().requires_grad_(False).to(device)
     for parameter in module.parameters():  # those mapped from a file keep it open, and may lie unaligned
         parameter.data = parameter.data.clone()
@@ -121,7 +123,16 @@ def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.
             )
             module = cls._from_config(getattr(hf_config, component.section) if component.section else hf_config)
     use_processors(module, component)
+    if component.unread:
+        _hand_on(module.get_submodule(component.unread)[-1])
     return module
+
+
+def _hand_on(layer: Any) -> None:
+    """The layer stays where its hidden states are counted, and does nothing."""
+    layer._modules.clear()
+    layer._parameters.clear()
+    layer.forward = lambda hidden_states, *_args, **_options: hidden_states
 
 
 def use_processors(module: nn.Module, component: Component) -> None:

@@ -5,7 +5,6 @@ Reads JSON files and the headers of safetensors files only: no torch, no weights
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -25,6 +24,7 @@ from darkroom.parallel.plan import Plan, lookup
 
 from . import MODELS, any_diffusers, hub
 from .base import Component, Model
+from .json_file import read_json
 
 DEMO = Path(__file__).parent / "demo"
 """The small pipeline that is shipped with Darkroom."""
@@ -49,7 +49,7 @@ class Checkpoint:
         """Raises ConfigError for what is no pipeline, or none that a family runs."""
         local = _local_folder(model)
         folder = local or hub.fetch(model, revision)
-        index = _read_json(folder / "model_index.json", f"'{model}' is no diffusers pipeline")
+        index = read_json(folder / "model_index.json", f"'{model}' is no diffusers pipeline")
         name = str(index.get("_class_name"))
         family = MODELS.get(name) or _other_family(model, name, index, folder)
         named = [part for part, classes in index.items() if isinstance(classes, list) and any(classes)]
@@ -76,7 +76,7 @@ class Checkpoint:
         return {name: self._config(name, component) for name, component in self.components.items()}
 
     def _config(self, name: str, component: Component) -> Mapping[str, Any]:
-        config = _read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
+        config = read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
         config |= {name: config for name in component.nested if name not in config}
         section: Mapping[str, Any] = config.get(component.section, config) if component.section else config
         for key in _head_counts(component.plan):
@@ -88,14 +88,15 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Stored]:
         """A component's parameters as its safetensors files hold them, by the class's own names."""
-        folder, rename = self.folder / name, self.family.components[name].rename
+        component, folder = self.family.components[name], self.folder / name
         try:
-            files = find_weights(folder)
+            tensors = read_headers(find_weights(folder), component.rename)
         except ConfigError:
             if self.repository is None:
                 raise
-            return hub.remote_tensors(self.repository, self.folder.name, folder, rename)  # not, or half, fetched yet
-        return read_headers(files, rename)
+            # the weights are not all fetched yet
+            tensors = hub.remote_tensors(self.repository, self.folder.name, folder, component.rename)
+        return tensors if component.unread is None else _without_last(tensors, f"{component.unread}.")
 
     def pin(self, config: EngineConfig) -> EngineConfig:
         """The configuration for the engine, with the weights here.
@@ -211,6 +212,13 @@ def _head_counts(plan: Plan) -> Iterator[str]:
                 yield from filter(None, (heads.count, heads.kv_count))
 
 
+def _without_last(tensors: Mapping[str, Stored], layers: str) -> dict[str, Stored]:
+    """All but the parameters of the last of the `layers`."""
+    numbers = {int(name.removeprefix(layers).partition(".")[0]) for name in tensors if name.startswith(layers)}
+    last = f"{layers}{max(numbers, default=0)}."
+    return {name: stored for name, stored in tensors.items() if not name.startswith(last)}
+
+
 def _share(component: Component, config: ParallelConfig, rank: int) -> tuple[int, int]:
     """(ranks that the component is cut over, this one's place among them); (0, 0) where it holds nothing."""
     match component.ranks:
@@ -253,25 +261,13 @@ def _other_family(model: str, name: str, index: Mapping[str, Any], folder: Path)
 
 def _capabilities(checkpoint: Checkpoint, index: Mapping[str, Any]) -> Capabilities:
     family, file = checkpoint.family, checkpoint.folder / "darkroom.json"
-    scheduler = _read_json(checkpoint.folder / "scheduler" / "scheduler_config.json", "the checkpoint is incomplete")
+    scheduler = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json", "the checkpoint is incomplete")
     configs = {**checkpoint.configs, "scheduler": scheduler}
     described = family.capabilities.override(family.describe(index, configs))
     if not file.is_file():
         return described
     try:
-        return described.override(_read_json(file, ""))
+        return described.override(read_json(file, ""))
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(f"{file.name}: '{first['loc'][0]}': {first['msg']}") from None
-
-
-def _read_json(file: Path, trouble: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"{trouble}: {file.parent.name}/{file.name} is missing")
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as e:
-        raise ConfigError(f"{file.parent.name}/{file.name} is not JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file.parent.name}/{file.name} holds no JSON object")
-    return value

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 class QwenImageEdit(QwenImage):
     pipelines = ("QwenImageEditPipeline",)
-    capabilities = QwenImage.capabilities.override({"family": "Qwen-Image-Edit", "tasks": ("edit",)})
+    capabilities = QwenImage.capabilities.override(
+        {"family": "Qwen-Image-Edit", "tasks": ("edit",), "max_sequence_length": None}
+    )
     components: ClassVar = {**QwenImage.components, "text_encoder": QWEN2_5_VL_WITH_VISION}
     files = (*Model.files, processor_files("processor"))
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import Capabilities
@@ -96,7 +96,7 @@ class StableDiffusion3(AutoencoderKLModel):
         max_images=1,
         size_multiple=16,
         min_edge=64,
-        max_edge=3072,  # positions are a table of 192 x 192 patches
+        max_edge=3072,
         max_pixels=2048 * 2048,
         default_size=(1024, 1024),
         num_inference_steps=28,
@@ -127,6 +127,13 @@ class StableDiffusion3(AutoencoderKLModel):
         (("tokenizer_3/tokenizer.json",), ("tokenizer_3/spiece.model",)),
     )
     optional = ("text_encoder_3", "tokenizer_3")  # the largest part by far: zeros stand for what it would say
+
+    @classmethod
+    def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Positions are a square table, of which the picture takes the middle."""
+        transformer, vae = configs["transformer"], configs["vae"]
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        return {"max_edge": transformer.get("pos_embed_max_size", 96) * transformer.get("patch_size", 2) * scale}
 
     def prepare(self, request: Request) -> Sample:
         branches = [self._encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)]

@@ -30,6 +30,12 @@ class SpreadVae(SharedEncoder):
         except AttributeError:
             return getattr(self.__dict__["_vae"][0], name)
 
+    def to(self, *args: Any, **kwargs: Any) -> SpreadVae:
+        """Some pipelines decode in float32, whatever they compute in."""
+        self._vae[0].to(*args, **kwargs)
+        self.dtype = self._vae[0].dtype
+        return self
+
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
         encoded = super().encode(x) if self._is_planned else self._vae[0].encode(x)
         return encoded if return_dict else (encoded.latent_dist,)

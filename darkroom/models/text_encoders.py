@@ -122,6 +122,7 @@ CLIP_VISION = Component(  # the class had its layers in `vision_model` until tra
     ),
     ranks="world",
     prefixes={"vision_model.": "", "": ""},
+    unread="encoder.layers",
     leave_out=("vision_model.embeddings.position_ids", "visual_projection."),
 )
 
@@ -162,7 +163,7 @@ UMT5 = replace(
     ),
 )
 
-BY_CLASS = {"Qwen3Model": QWEN3, "Qwen3ForCausalLM": QWEN3}
+BY_CLASS = {"Qwen3Model": QWEN3, "Qwen3ForCausalLM": QWEN3, "T5EncoderModel": T5, "UMT5EncoderModel": UMT5}
 """What computes the hidden states of a class that model_index.json names."""
 
 

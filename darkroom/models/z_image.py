@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import Capabilities
@@ -84,7 +85,7 @@ class ZImage(AutoencoderKLModel):
             plan=TRANSFORMER,
             ranks="tp",
         ),
-        "text_encoder": QWEN3,
+        "text_encoder": replace(QWEN3, unread="layers"),  # the hidden states before the last layer are taken
         "vae": VAE,
     }
 

@@ -11,6 +11,9 @@ from .mesh import Axis
 
 Branch = TypeVar("Branch")
 
+_NOISE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""By how much of the largest number a row may differ from the same row of a batch: kernels round by their shapes."""
+
 
 def map_branches(
     predict: Callable[[Branch], torch.Tensor], branches: Sequence[Branch], axis: Axis
@@ -31,12 +34,16 @@ class BranchCalls:
 
     Either both in one call, as a batch of two: each rank then computes a row. Or one after another: a rank answers
     the other's call at once with a placeholder, and after the second call both results are gathered and filled in.
+
+    Neither is taken for granted. The first batch of a form is also computed whole, and its rows must be what the ranks
+    make of them. A placeholder is not a number, and so is what a loop makes of it too early.
     """
 
     def __init__(self, forward: Callable[..., Any], axis: Axis, known: dict[Any, Any]) -> None:
         """`known` remembers the form of the outputs by that of the inputs, from one loop to the next."""
         self._forward, self._axis, self._known = forward, axis, known
         self._calls: list[list[torch.Tensor]] = []
+        self._is_first_step = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         latents = next(iter([*args, *kwargs.values()]))
@@ -44,11 +51,29 @@ class BranchCalls:
             raise RuntimeError("the pipeline calls its transformer neither with one branch nor with a batch of two")
         return (self._both if latents.shape[0] == 2 else self._one)(latents, args, kwargs)
 
-    def end_step(self) -> None:
+    def end_step(self, latents: torch.Tensor) -> None:
+        """`latents`: what the loop has made of both branches. Raises RuntimeError, on all ranks or on none."""
         if self._calls:
             raise RuntimeError("the pipeline evaluated one guidance branch in a step that was to have two")
+        if self._is_first_step and not self._all(bool(latents.isfinite().all()), latents.device):
+            raise RuntimeError("the pipeline used a guidance branch before it asked for the other: use --cfg 1")
+        self._is_first_step = False
 
-    def _both(self, _latents: torch.Tensor, args: Any, kwargs: Any) -> Any:
+    def _all(self, here: bool, device: torch.device) -> bool:
+        """Whether it holds on every rank."""
+        return all(bool(there) for there in self._axis.gather_parts(torch.tensor([float(here)], device=device)))
+
+    def _both(self, latents: torch.Tensor, args: Any, kwargs: Any) -> Any:
+        form = (tuple(latents.shape), kwargs.get("return_dict"))
+        out = self._rows(args, kwargs)
+        if form not in self._known:
+            rows, out = _tensors(out), self._forward(*args, **kwargs)
+            if not self._all(_alike(rows, _tensors(out)), latents.device):
+                raise RuntimeError("the pipeline's batch of both guidance branches cannot be cut: use --cfg 1")
+            self._known[form] = _map(out, lambda x: x.to("meta"))
+        return out
+
+    def _rows(self, args: Any, kwargs: Any) -> Any:
         rank = self._axis.rank
 
         def row(x: torch.Tensor) -> torch.Tensor:
@@ -59,10 +84,11 @@ class BranchCalls:
 
     def _one(self, latents: torch.Tensor, args: Any, kwargs: Any) -> Any:
         form = (tuple(latents.shape), kwargs.get("return_dict"))
-        if len(self._calls) == self._axis.rank or form not in self._known:  # the first time shows what comes out
+        is_mine = len(self._calls) == self._axis.rank
+        if is_mine or form not in self._known:  # the first time shows what comes out
             out = self._forward(*args, **kwargs)
             self._known[form] = _map(out, lambda x: x.to("meta"))
-        else:  # what is computed with a placeholder that is not filled yet is not a number either
+        if not is_mine:
             out = _map(self._known[form], lambda x: torch.full_like(x, float("nan"), device=latents.device))
         self._calls.append(_tensors(out))
         if len(self._calls) == self._axis.size:
@@ -76,6 +102,13 @@ class BranchCalls:
                 if branch != self._axis.rank:
                     self._calls[branch][i].copy_(whole)
         self._calls.clear()
+
+
+def _alike(rows: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]) -> bool:
+    if [x.shape for x in rows] != [x.shape for x in whole]:
+        return False
+    pairs = zip(rows, whole, strict=True)
+    return all(float((a - b).abs().max()) <= _NOISE[b.dtype] * float(b.abs().max()) for a, b in pairs)
 
 
 def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

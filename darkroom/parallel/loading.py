@@ -62,6 +62,11 @@ def find_weights(folder: Path) -> list[Path]:
     return files
 
 
+def find_variant(folder: Path) -> str | None:
+    """The variant that `find_weights` takes, such as `fp16`; None for plain files."""
+    return _variant_of(find_weights(folder)[0].name) or None
+
+
 def choose_weights(folder: Path, names: Iterable[str]) -> list[str]:
     """Which of the files `names` hold a component: those of its index in `folder`, or the only one.
 

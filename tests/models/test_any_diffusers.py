@@ -215,10 +215,43 @@ def renamed(folder: Path, to: Path, name: str, **values: Any) -> Path:
         ("StableDiffusionPipeline", "it has no transformer"),
         ("DiTPipeline", "its call takes no prompt and no height and no width"),
         ("LTXPipeline", "it makes videos"),
+        ("LattePipeline", "it makes videos"),
+        ("FluxControlPipeline", "it draws by a 'control_image', which no request brings"),
+        ("FluxControlNetPipeline", "it draws by a 'control_guidance_start', which no request brings"),
     ],
 )
 def test_what_cannot_run_is_refused(name: str, reason: str, folders: dict[str, Path], tmp_path: Path) -> None:
     assert reason in refusal(renamed(folders["flux"], tmp_path / "x", name))
+
+
+def test_a_config_that_is_no_json_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = renamed(folders["flux"], tmp_path / "x", "FluxPipeline")
+    (folder / "vae" / "config.json").write_text("{")
+    assert "vae/config.json is not JSON" in refusal(folder)
+
+
+def test_variants_of_weights_are_loaded(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = renamed(folders["flux"], tmp_path / "x", "FluxPipeline")
+    files = [*folder.glob("*/model.safetensors"), *folder.glob("*/diffusion_pytorch_model.safetensors")]
+    for file in files:
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert len(files) == 4
+    with worker(folder, ParallelConfig()) as variant, worker(folders["flux"], ParallelConfig()) as plain:
+        assert difference(generate(variant, [request()]), generate(plain, [request()])) == 0
+
+
+def test_a_picture_alone_does_not_do_where_a_part_is_drawn_over(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = renamed(folders["flux"], tmp_path / "x", "FluxInpaintPipeline")
+    params = SamplingParams(images=(picture_file(64, 64),))
+    with pytest.raises(RequestError, match="it needs a 'mask' too"):
+        Checkpoint.open(str(folder)).capabilities.resolve("a cat", params)
+
+
+def test_a_vae_may_be_asked_to_compute_in_another_dtype(folders: dict[str, Path]) -> None:
+    """AuraFlow decodes in float32 whatever it computes in."""
+    with worker(folders["aura_flow"], ParallelConfig()) as one:
+        assert one.model.pipe.vae.to(torch.float64) is one.model.pipe.vae
+        assert one.model.pipe.vae.dtype == torch.float64
 
 
 def test_foreign_code_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

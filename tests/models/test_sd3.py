@@ -15,7 +15,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 
-from darkroom.configs import ConfigError, ParallelConfig, Request
+from darkroom.configs import ConfigError, ParallelConfig, Request, RequestError, SamplingParams
 from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.sd3 import TRANSFORMER
 from darkroom.parallel import sequence
@@ -100,6 +100,13 @@ def test_tokens_are_counted_as_the_larger_window_sees_them(folders: dict[str, Pa
                 for prompt, window in (("red cat", 61), (LONG, 61), (LONG, 512))
             ]
     assert counts == [3, 61, 217, 4, 77, 77]  # with an end, and CLIP's with a start too
+
+
+def test_the_longest_edge_is_that_of_the_table_of_positions(folders: dict[str, Path]) -> None:
+    capabilities = Checkpoint.open(str(next(iter(folders.values())))).capabilities
+    assert capabilities.max_edge == 24 * 2 * 8
+    with pytest.raises(RequestError, match="at most 384"):
+        capabilities.resolve("a cat", SamplingParams(width=400, height=64))
 
 
 def test_a_batch_of_unequal_prompts_is_each_alone(folders: dict[str, Path]) -> None:

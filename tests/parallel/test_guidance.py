@@ -101,7 +101,7 @@ def run_loops(rank: int, size: int, loop: Any) -> tuple[list[Tensor], int]:
         calls = BranchCalls(transformer, axis, known)
         for step in range(2):
             outputs.append(loop(calls, X + step, TEXTS, SIZE))
-            calls.end_step()
+            calls.end_step(outputs[-1])
     return outputs, transformer.rows
 
 
@@ -110,13 +110,37 @@ def test_a_foreign_loop_gets_both_branches(loop: Any) -> None:
     expected = [loop(Transformer(), X + step, TEXTS, SIZE) for step in range(2)] * 2
     for rank, (outputs, rows) in enumerate(run_ranks(run_loops, 2, loop)):
         assert all(map(torch.equal, outputs, expected)) and len(outputs) == 4
-        is_first_shown = loop is one_after_another and rank == 1
-        assert rows == 4 + is_first_shown  # half of the eight, and what shows a form for the first time
+        first = 2 if loop is as_one_batch else rank  # a batch is computed whole; or the other's call shows a form
+        assert rows == 4 + first  # half of the eight, and what is computed to learn the form
 
 
-def test_what_is_used_too_early_is_no_number() -> None:
-    outputs = run_ranks(run_loops, 2, too_early)[1][0]
-    assert not outputs[-1].isfinite().any()
+class Layers(Transformer):
+    """Takes texts whose batch is their second dimension, and reads what it gets of them as one text a row."""
+
+    def __call__(self, x: Tensor, *, text: Tensor, more: dict[str, Tensor], return_dict: bool = False) -> Any:
+        self.rows += len(x)
+        return (x * text[0].reshape(len(x), -1, 3).mean(1, keepdim=True) * more["size"],)
+
+
+def layers_in_one_batch(transformer: Any, x: Tensor, texts: list[Tensor], size: Tensor) -> Tensor:
+    return as_one_batch(transformer, x, [torch.stack([torch.cat(texts)] * 3)], size)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_by_every_rank() -> None:
+    for message in run_ranks(refusal, 2, layers_in_one_batch, Layers()):
+        assert "batch of both guidance branches cannot be cut: use --cfg 1" in message
+
+
+def test_what_is_used_too_early_is_refused_by_every_rank() -> None:
+    for message in run_ranks(refusal, 2, too_early, Transformer()):
+        assert "used a guidance branch before it asked for the other" in message
+
+
+def refusal(rank: int, size: int, loop: Any, transformer: Transformer) -> str:
+    calls = BranchCalls(transformer, Mesh(ParallelConfig(cfg_parallel_size=2), rank).cfg, {})
+    with pytest.raises(RuntimeError) as caught:
+        calls.end_step(loop(calls, X, TEXTS, SIZE))
+    return str(caught.value)
 
 
 def test_a_loop_without_two_branches_is_told() -> None:
@@ -125,7 +149,6 @@ def test_a_loop_without_two_branches_is_told() -> None:
         calls(torch.cat([X] * 3), text=TEXTS[0], more={"size": SIZE})
     with pytest.raises(RuntimeError, match="neither with one branch"):
         calls([X, X], text=TEXTS[0], more={"size": SIZE})
-    calls.end_step()
     calls(X, text=TEXTS[0], more={"size": SIZE})
     with pytest.raises(RuntimeError, match="one guidance branch in a step that was to have two"):
-        calls.end_step()
+        calls.end_step(X)
