@@ -124,11 +124,11 @@ def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.
             module = cls._from_config(getattr(hf_config, component.section) if component.section else hf_config)
     use_processors(module, component)
     if component.unread:
-        _hand_on(module.get_submodule(component.unread)[-1])
+        hand_on(module.get_submodule(component.unread)[-1])
     return module
 
 
-def _hand_on(layer: Any) -> None:
+def hand_on(layer: Any) -> None:
     """The layer stays where its hidden states are counted, and does nothing."""
     layer._modules.clear()
     layer._parameters.clear()

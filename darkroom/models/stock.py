@@ -69,7 +69,7 @@ class Source:
         """
         named = rf"\b{re.escape(part)}\."
         used = set(re.findall(rf"{named}(\w+)", self.text))
-        return used <= {"dtype", "device"} and not re.search(r"\.(logits|generate)\b|pixel_values", self.text)
+        return used <= {"dtype", "device"} and not re.search(r"\.(logits|generate)\b", self.text)
 
     def constant(self, name: str) -> Any:
         """What `__init__` assigns to `self.<name>`, where that is a literal."""

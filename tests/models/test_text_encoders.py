@@ -11,6 +11,7 @@ import torch
 from darkroom.configs import ParallelConfig
 from darkroom.configs.pictures import load_picture
 from darkroom.models.base import Component
+from darkroom.models.build import hand_on
 from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.text_encoders import CLIP, CLIP_VISION, QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, QWEN3, T5, UMT5
 from tests.faults import parts_are_cut_as_one
@@ -77,6 +78,8 @@ def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str
     cls = getattr(importlib.import_module(component.module), component.name)
     with torch.device("meta"):
         module = cls(cls.config_class(**checkpoint.configs[encoder]))
+    if component.unread:
+        hand_on(module.get_submodule(component.unread)[-1])
     shapes = {key: stored.shape for key, stored in checkpoint.tensors(encoder).items()}
     assert shapes == {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
 
