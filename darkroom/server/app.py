@@ -23,6 +23,7 @@ from . import answers, images, models, videos
 from .access import AccessLog
 from .client import EngineClient, EngineError
 from .context import Context, Shared
+from .document import key_needed
 from .errors import ErrorEnvelope, http_exception
 from .fetch import Fetcher
 from .files import FileStore
@@ -36,7 +37,7 @@ from .trail import Observer
 
 _VERSION = importlib.metadata.version("darkroom")
 _DEFAULTS = OperationsConfig()
-_FOR_PAGES = ("x-request-id", "retry-after", "retry-after-ms", "openai-poll-after-ms")
+_FOR_PAGES = ("x-request-id", "retry-after", "openai-poll-after-ms", "content-range")
 """Headers of answers that a browser lets its pages read."""
 
 
@@ -55,7 +56,7 @@ def create_app(
     What is kept on disk for a while goes into a folder of its own in `folder`, or where temporary files go. Raises
     `ConfigError`.
     """
-    metrics, files = Metrics(), FileStore(limits, folder)
+    metrics, files, keys = Metrics(), FileStore(limits, folder), Keys.read(operations)
     runner = VideoRunner(stores, model=served_name, client=client, metrics=metrics) if stores else None
     traces = Traces(operations.otlp_endpoint) if operations.otlp_endpoint else None
 
@@ -91,21 +92,25 @@ def create_app(
     )
     app.state.context = context
     observers: list[Observer] = [AccessLog(with_prompts=operations.log_prompts), *([traces] if traces else [])]
-    _add_layers(app, operations, context, observers)
+    _add_layers(app, operations, keys, context, observers)
     app.add_exception_handler(HTTPException, http_exception)
-    app.include_router(images.router)
+    needed = [key_needed()] if keys.names else []
+    for router in (images.router, videos.router, models.router):
+        app.include_router(router, dependencies=needed)
     app.include_router(answers.router)
-    app.include_router(videos.router)
-    app.include_router(models.router)
     app.add_api_route("/health", health)
-    app.add_api_route("/metrics", scrape, response_class=Response)
+    app.add_api_route(
+        "/metrics", scrape, response_class=Response, dependencies=needed if operations.protect_metrics else []
+    )
     app.add_api_route("/version", version)
     return app
 
 
-def _add_layers(app: FastAPI, operations: OperationsConfig, context: Context, observers: list[Observer]) -> None:
+def _add_layers(
+    app: FastAPI, operations: OperationsConfig, keys: Keys, context: Context, observers: list[Observer]
+) -> None:
     """From the inside outwards: refusals are told to pages of other origins too, and everything has an id."""
-    app.add_middleware(Guard, config=operations, keys=Keys.read(operations), drain=context.drain)
+    app.add_middleware(Guard, config=operations, keys=keys, drain=context.drain)
     app.add_middleware(Envelope, metrics=context.metrics)
     if operations.cors_origin:
         app.add_middleware(
