@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from darkroom.configs.capabilities import Capabilities
@@ -30,7 +29,7 @@ from .files import FileStore
 from .guard import Guard
 from .keys import Keys
 from .metrics import Metrics
-from .middleware import Envelope, Outermost
+from .middleware import CrossOrigin, Envelope, Outermost
 from .runner import VideoRunner, VideoStores
 from .traces import Traces
 from .trail import Observer
@@ -114,7 +113,7 @@ def _add_layers(
     app.add_middleware(Envelope, metrics=context.metrics)
     if operations.cors_origin:
         app.add_middleware(
-            CORSMiddleware,
+            CrossOrigin,
             allow_origins=operations.cors_origin,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
