@@ -23,6 +23,7 @@ from .access import AccessLog
 from .client import EngineClient, EngineError
 from .context import Context, Shared
 from .document import key_needed
+from .drain import Drain
 from .errors import ErrorEnvelope, http_exception
 from .fetch import Fetcher
 from .files import FileStore
@@ -55,8 +56,8 @@ def create_app(
     What is kept on disk for a while goes into a folder of its own in `folder`, or where temporary files go. Raises
     `ConfigError`.
     """
-    metrics, files, keys = Metrics(), FileStore(limits, folder), Keys.read(operations)
-    runner = VideoRunner(stores, model=served_name, client=client, metrics=metrics) if stores else None
+    metrics, files, drain, keys = Metrics(), FileStore(limits, folder), Drain(), Keys.read(operations)
+    runner = VideoRunner(stores, model=served_name, client=client, metrics=metrics, drain=drain) if stores else None
     traces = Traces(operations.otlp_endpoint) if operations.otlp_endpoint else None
 
     @asynccontextmanager
@@ -86,6 +87,7 @@ def create_app(
         limits=limits,
         files=files,
         metrics=metrics,
+        drain=drain,
         videos=runner,
         fetcher=Fetcher(operations.allow_remote_media),
     )

@@ -19,6 +19,7 @@ from .client import interleave
 from .context import Context, Shared
 from .fields import QUALITIES, EditRequest, GenerationRequest, ImageRequest, VariationRequest, background_of
 from .form import read_form
+from .idempotency import idempotency_key, seeded
 from .models import check_model
 from .sse import EventStream
 from .trail import trail_of
@@ -90,6 +91,7 @@ async def _draw(
 ) -> Response:
     """`events` is their name, where they are asked for."""
     check_model(asked.model, context)
+    asked = seeded(asked, idempotency_key(http))
     first = (
         await asyncio.to_thread(_resolve, asked, pictures, context)
         if pictures.images

@@ -22,6 +22,7 @@ from .body import unsupported as unsupported_type
 from .context import Context, Shared
 from .errors import ApiError
 from .form import Form, parse_object, read_form
+from .idempotency import idempotency_key, seeded
 from .jobs import Job, Status, is_id
 from .models import check_model
 from .ranges import file_response
@@ -124,15 +125,15 @@ Runner = Annotated[VideoRunner, Depends(_runner)]
     ),
 )
 async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Video:
+    key = idempotency_key(http)
     body, is_form = await _read(http, context.limits)
     file = body.pop(_REFERENCE) if isinstance(body.get(_REFERENCE), bytes) else None
-    asked = VideoRequest.read(body, is_form=is_form)
+    asked = seeded(VideoRequest.read(body, is_form=is_form), key)
     check_model(asked.model, context)
     picture = await _picture(asked.input_reference if file is None else file, context)
     made = asked.resolve(context.capabilities, picture)
-    job, _ = Job.new(made.request, model=context.served_name, seconds=made.seconds)
-    await runner.submit(job, picture)
-    return Video.of(job)
+    job, _ = Job.new(made.request, model=context.served_name, seconds=made.seconds, idempotency_key=key)
+    return Video.of(await runner.submit(job, picture))
 
 
 @router.get("/v1/videos", openapi_extra=document.query(**_LIST))
@@ -203,6 +204,7 @@ async def get_content(id: str, http: HttpRequest, runner: Runner) -> Response:
 )
 async def remix_video(id: str, http: HttpRequest, context: Shared, runner: Runner) -> Video:
     """The same video with another prompt: its seed, size, length and picture stay."""
+    key = idempotency_key(http)
     source = await _job(id, runner)
     body, _ = await _read(http, context.limits)
     remix = validate(Remix, body)
@@ -210,9 +212,10 @@ async def remix_video(id: str, http: HttpRequest, context: Shared, runner: Runne
         message = f"The video was made by '{source.model}'; this server serves '{context.served_name}'."
         raise ApiError(400, message, param="id")
     request = remix.resolve(await runner.request_of(source), context.capabilities)
-    job, picture = Job.new(request, model=source.model, seconds=source.seconds, remixed_from=source.id)
-    await runner.submit(job, picture)
-    return Video.of(job)
+    job, picture = Job.new(
+        request, model=source.model, seconds=source.seconds, remixed_from=source.id, idempotency_key=key
+    )
+    return Video.of(await runner.submit(job, picture))
 
 
 def makes_videos(capabilities: Capabilities) -> bool:
