@@ -10,6 +10,8 @@ from fastapi.params import Depends
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
+from .idempotency import HEADER, LONGEST
+
 Schema = dict[str, Any]
 
 
@@ -17,7 +19,8 @@ def body(**schemas: Schema) -> dict[str, Any]:
     """For a route's `openapi_extra`: the schemas of its body as `json` and as `form`."""
     kinds = {"json": "application/json", "form": "multipart/form-data"}
     content = {kinds[kind]: {"schema": schema} for kind, schema in schemas.items()}
-    return {"requestBody": {"required": True, "content": content}}
+    key = {"name": HEADER, "in": "header", "schema": {"type": "string", "minLength": 1, "maxLength": LONGEST}}
+    return {"requestBody": {"required": True, "content": content}, "parameters": [key]}
 
 
 def form_schema(

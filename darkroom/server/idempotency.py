@@ -15,7 +15,7 @@ from .trail import trail_of
 P = TypeVar("P", bound=Parameters)
 
 HEADER = "Idempotency-Key"
-_LONGEST = 255
+LONGEST = 255
 
 
 def idempotency_key(http: Request) -> str | None:
@@ -23,8 +23,8 @@ def idempotency_key(http: Request) -> str | None:
     key = http.headers.get(HEADER)
     if key is None:
         return None
-    if not 0 < len(key) <= _LONGEST:
-        raise RequestError(f"'{HEADER}' should have 1 to {_LONGEST} characters, not {len(key)}.", param=HEADER)
+    if not 0 < len(key) <= LONGEST:
+        raise RequestError(f"'{HEADER}' should have 1 to {LONGEST} characters, not {len(key)}.", param=HEADER)
     return hashlib.sha256(f"{trail_of(http).owner or ''}\n{key}".encode()).hexdigest()
 
 

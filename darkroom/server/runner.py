@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from darkroom.configs.errors import RequestError
+from darkroom.configs.logs import facts
 from darkroom.configs.request import Request
 from darkroom.engine.messages import Finished, Progress
 
@@ -205,6 +206,7 @@ class VideoRunner:
 
     async def _run(self, job: Job) -> None:
         """One job, to whatever end it comes."""
+        began = time.monotonic()
         with self._drain.work(), _logged(f"cannot write down the end of {job.id}"):
             try:
                 await self._complete(job)
@@ -216,10 +218,13 @@ class VideoRunner:
                 await self.files.delete(*_names(job))
             except EngineError as e:
                 await self._engine_failed(job, e)
+            except RequestError as e:  # of which only the workers could tell
+                await self._fail(job, str(e), e.code)
             except Exception:
                 logger.exception("%s failed", job.id)
                 await self._fail(job, "The server could not make the video; its log says why, under the video's id.")
             else:
+                logger.info("video", extra=facts(video=job.id, seconds=round(time.monotonic() - began, 6)))
                 await self.clean()
 
     async def _complete(self, job: Job) -> None:
@@ -268,8 +273,8 @@ class VideoRunner:
         else:
             await self._fail(job, f"The model's workers were lost {_MAX_CRASHES} times while they made this video.")
 
-    async def _fail(self, job: Job, message: str) -> None:
-        if await self.jobs.fail(job, code="server_error", message=message, ttl=self.options.ttl):
+    async def _fail(self, job: Job, message: str, code: str = "server_error") -> None:
+        if await self.jobs.fail(job, code=code, message=message, ttl=self.options.ttl):
             await self.files.delete(*_names(job))
 
 

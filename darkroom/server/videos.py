@@ -27,6 +27,7 @@ from .jobs import Job, Status, is_id
 from .models import check_model
 from .ranges import file_response
 from .runner import Variant, VideoRunner, file_name
+from .trail import trail_of
 from .uploads import Fetched, check_picture, fetch_json, referenced
 from .video_request import Remix, VideoRequest
 
@@ -132,8 +133,8 @@ async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Vi
     check_model(asked.model, context)
     picture = await _picture(asked.input_reference if file is None else file, context)
     made = asked.resolve(context.capabilities, picture)
-    job, _ = Job.new(made.request, model=context.served_name, seconds=made.seconds, idempotency_key=key)
-    return Video.of(await runner.submit(job, picture))
+    new = Job.new(made.request, model=context.served_name, seconds=made.seconds, idempotency_key=key)
+    return await _submit(http, runner, *new)
 
 
 @router.get("/v1/videos", openapi_extra=document.query(**_LIST))
@@ -212,14 +213,19 @@ async def remix_video(id: str, http: HttpRequest, context: Shared, runner: Runne
         message = f"The video was made by '{source.model}'; this server serves '{context.served_name}'."
         raise ApiError(400, message, param="id")
     request = remix.resolve(await runner.request_of(source), context.capabilities)
-    job, picture = Job.new(
-        request, model=source.model, seconds=source.seconds, remixed_from=source.id, idempotency_key=key
-    )
-    return Video.of(await runner.submit(job, picture))
+    new = Job.new(request, model=source.model, seconds=source.seconds, remixed_from=source.id, idempotency_key=key)
+    return await _submit(http, runner, *new)
 
 
 def makes_videos(capabilities: Capabilities) -> bool:
     return any(task.endswith("-to-video") for task in capabilities.tasks)
+
+
+async def _submit(http: HttpRequest, runner: VideoRunner, job: Job, picture: bytes | None) -> Video:
+    accepted = await runner.submit(job, picture)
+    trail = trail_of(http)
+    trail.asked, trail.video = accepted.read_request(), accepted.id
+    return Video.of(accepted)
 
 
 async def _read(http: HttpRequest, limits: Limits) -> tuple[dict[str, Any], bool]:

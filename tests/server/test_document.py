@@ -45,6 +45,8 @@ def test_bodies_and_queries_of_videos(engine: ScriptedEngine, tmp_path: Path) ->
     assert set(reference["properties"]) == {"image_url", "file_id"} and reference["additionalProperties"] is False
     assert form["required"] == json["required"] == ["prompt"] and set(form["properties"]) == set(json["properties"])
     assert {one["name"] for one in found["get /v1/videos"]["parameters"]} == {"after", "limit", "order"}
+    [key] = found["post /v1/videos"]["parameters"]
+    assert (key["name"], key["in"], key["schema"]["maxLength"]) == ("Idempotency-Key", "header", 255)
     [id, variant] = found["get /v1/videos/{id}/content"]["parameters"]
     assert (id["name"], variant["schema"]["enum"]) == ("id", ["video", "thumbnail", "spritesheet"])
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
-from darkroom.engine.messages import Progress, Status
+from darkroom.engine.messages import Progress, Refusal, Status
 from darkroom.server.fetch import Fetcher
 from darkroom.server.videos import _picture
 
@@ -304,6 +304,13 @@ def test_a_failed_job_is_a_success_over_http(http, engine):
     assert set(failed["error"]) == {"code", "message"} and failed["error"]["code"] == "server_error"
     assert "secret" not in str(failed)
     refused(http.get(f"{PATH}/{failed['id']}/content"), 404)
+
+
+def test_what_only_the_workers_can_refuse_is_the_requests_fault(http, engine):
+    refusal = Refusal(message="'image' cannot be decoded.", param="image", code="invalid_value")
+    engine.script = failing("internal", refusal=refusal)
+    failed = ended(http, create(http)["id"])
+    assert failed["error"] == {"code": "invalid_value", "message": "'image' cannot be decoded."}
 
 
 def test_a_job_that_loses_the_workers_is_tried_once_more(http, engine):
