@@ -525,8 +525,6 @@ def test_unknown_ids_and_methods(http):
         ({"input_reference": {"image_url": "data:image/png;base64,aGVsbG8="}}, "input_reference"),
         ({"input_reference": {"file_id": "file_1"}}, "input_reference"),
         ({"input_reference": {}}, "input_reference"),
-        ({"input_reference": {"image_url": "data:image/png;base64,AAAA", "file_id": "x"}}, "input_reference"),
-        ({"input_reference": {"image_url": "https://example.com/a.png"}}, "input_reference"),
         ({"input_reference": []}, "input_reference"),
         ({"extra_body": 5}, "extra_body"),
     ],
@@ -553,10 +551,6 @@ def test_fields_that_cannot_be(http, engine, fields, param):
         ({"extra_params": "{"}, "extra_params"),
         ({"extra_params": '{"a":' * 10_000}, "extra_params"),
         ({"input_reference": "text"}, "input_reference"),
-        ({"input_reference": ""}, "input_reference"),
-        ({"input_reference": "{"}, "input_reference"),
-        ({"input_reference": "{}", "input_reference[image_url]": "x"}, "input_reference"),
-        ({"input_reference[file_id]": "x"}, "input_reference"),
     ],
 )
 def test_forms_that_cannot_be(http, fields, param):
@@ -575,6 +569,23 @@ def test_a_form_is_text_and_numbers(http, engine):
 def test_pictures_that_are_none(http, content):
     message = refused(http.post(PATH, data={"prompt": "x"}, files={"input_reference": content}), 400, "input_reference")
     assert "input_reference" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"input_reference": '{"image_url": "https://example.com/a.png"}'}, "fetches nothing"),
+        ({"input_reference": '{"image_url": "data:image/png;base64,AAAA", "file_id": "x"}'}, "no Files API"),
+        ({"input_reference[file_id]": "x"}, "no Files API"),
+        ({"input_reference": "{}"}, "expected an 'image_url'"),
+        ({"input_reference": "{"}, "should be a JSON object"),
+        ({"input_reference": ""}, "no PNG"),
+        ({"input_reference": "{}", "input_reference[image_url]": "x"}, "more than once"),
+    ],
+)
+def test_references_of_a_form_that_lead_nowhere(http, fields, words):
+    files = {"user": (None, "x")}
+    assert words in refused(http.post(PATH, data={"prompt": "x", **fields}, files=files), 400, "input_reference")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
