@@ -61,13 +61,13 @@ class Capabilities(BaseModel):
     max_images: int = 0
     """How many pictures a request may bring."""
     strength: float = 0.6
-    """Of image-to-image requests that do not say."""
+    """The default `strength` of image-to-image requests."""
     inpaint_strength: float = 1.0
-    """Of requests with a mask that do not say."""
+    """The default `strength` of requests with a mask."""
     image_area: int = 1024 * 1024
     """Pixels that a picture is scaled to before it is edited, and of an edited picture whose size is not asked for."""
     condition_area: int = 384 * 384
-    """Pixels that the text encoder sees of a picture, where these are not the same."""
+    """Pixels that a picture is scaled to for the text encoder, where that sees a copy of its own."""
     layers: int = 0
     """How many layers a picture is taken apart into by default."""
     max_layers: int = 0
@@ -255,7 +255,7 @@ class Capabilities(BaseModel):
         scales = {"true_cfg_scale": params.true_cfg_scale, "guidance_scale": params.guidance_scale}
         scale = scales.pop(self.guidance_parameter)
         [(other, value)] = scales.items()
-        if value not in (None, 1) and self.embedded_guidance is None:  # one is no guidance, as in not having it
+        if value not in (None, 1) and self.embedded_guidance is None:  # at one there is none
             raise RequestError(
                 f"{self.family} takes '{self.guidance_parameter}'; '{other}' would have no effect.", param=other
             )

@@ -245,14 +245,14 @@ class AnyDiffusers(Model):
 
         from .stepwise import StepwiseCall
 
-        scale, multiple = request.width * request.height, self.options.size_multiple
+        pixels, multiple = request.width * request.height, self.options.size_multiple
         sample = CallSample(
             request=request,
             latents=torch.empty(1, 0, device=self.device),
             scheduler=self.new_scheduler(),
             branches=[{}],  # as the engine sees it: branches are spread within the call
             text_tokens=self._text_tokens(request),
-            image_tokens=scale // multiple**2,
+            image_tokens=pixels // multiple**2,
         )
         sample.call = StepwiseCall(lambda pause: self._call(sample, pause), self.device)
         if not sample.call.resume():

@@ -57,7 +57,7 @@ def statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def tiling(vae: Any) -> Tiling:
-    """In pixels of what the decoder returns, of which some classes unfold each only afterwards."""
+    """In pixels of what the decoder returns: where a class folds pixels, each is `patch` x `patch` of the picture's."""
     from darkroom.parallel.spatial import Tiling
 
     patch = _patch(vae)
@@ -69,8 +69,8 @@ def tiling(vae: Any) -> Tiling:
 
 
 def encode_tiling(vae: Any) -> Tiling:
-    """In pixels of the picture, which some classes fold first: they count tiles in what comes of that, but ask in
-    pixels whether to make any."""
+    """In pixels of the picture. Where a class folds pixels, its tile sizes count folded ones, and the size from which
+    on it tiles at all counts the picture's."""
     from darkroom.parallel.spatial import Tiling
 
     patch, least = _patch(vae), (vae.tile_sample_min_height, vae.tile_sample_min_width)

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from darkroom.parallel.spatial import Tiling
 
 _ATTENTION = ("blocks.*.attn1", "blocks.*.attn2")  # over the video, and from the video to the text
-_SEES = ("blocks.*.attn2.add_k_proj", "blocks.*.attn2.add_v_proj", "blocks.*.attn2.norm_added_k")  # and to a picture
+_TO_PICTURE = ("blocks.*.attn2.add_k_proj", "blocks.*.attn2.add_v_proj")  # and from the video to a picture
+_TO_PICTURE_NORM = "blocks.*.attn2.norm_added_k"
 _HEADS = Heads("num_attention_heads")
 _ROPE = SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True)
 
@@ -51,8 +52,8 @@ TRANSFORMER = Component(
             **{f"{attn}.norm_{name}": NormAcross(_HEADS) for attn in _ATTENTION for name in "qk"},
             **{f"{attn}.to_out.0": Rowwise(_HEADS) for attn in _ATTENTION},
             **{attn: LocalHeads(_HEADS, "heads") for attn in _ATTENTION},
-            **dict.fromkeys(_SEES[:2], Colwise(_HEADS)),
-            _SEES[2]: NormAcross(_HEADS),
+            **dict.fromkeys(_TO_PICTURE, Colwise(_HEADS)),
+            _TO_PICTURE_NORM: NormAcross(_HEADS),
             "blocks.*.ffn.net.0.proj": Colwise(),
             "blocks.*.ffn.net.2": Rowwise(),
         },
@@ -63,7 +64,7 @@ TRANSFORMER = Component(
             "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
         },
         attention=("blocks.*.attn1",),  # every rank holds the whole text
-        optional=_SEES,
+        optional=(*_TO_PICTURE, _TO_PICTURE_NORM),
     ),
     ranks="tp",
     exact=("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
