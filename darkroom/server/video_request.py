@@ -17,6 +17,7 @@ from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request, SamplingParams
 
 from .body import validate
+from .fields import Integer
 from .form import from_text
 
 DEFAULT_SECONDS = 4
@@ -51,18 +52,18 @@ class VideoRequest(BaseModel):
     size: str = Field("auto", description="'WIDTHxHEIGHT', or 'auto' for the model's own")
     input_reference: bytes | Reference | None = Field(None, description="the picture that the video begins with")
     negative_prompt: str | None = Field(None, max_length=32_000, description="what the video should not show")
-    num_inference_steps: int | None = Field(None, description="denoising steps")
+    num_inference_steps: Integer | None = Field(None, description="denoising steps")
     guidance_scale: float | None = Field(None, description="strength of guidance")
     true_cfg_scale: float | None = Field(None, description="strength of guidance, for models that call it so")
     guidance_scale_2: float | None = Field(
         None, ge=0, le=100, description="the same for the second transformer of models with two"
     )
-    num_frames: int | None = Field(None, description="length in frames")
-    fps: int | None = Field(None, description="frames per second")
-    width: int | None = Field(None, description="pixels; with height in place of size")
-    height: int | None = Field(None, description="pixels; with width in place of size")
-    max_sequence_length: int | None = Field(None, description="prompt tokens after which the text is cut off")
-    seed: int | None = Field(None, description="64 bits; the same seed gives the same video; random, if not given")
+    num_frames: Integer | None = Field(None, description="length in frames")
+    fps: Integer | None = Field(None, description="frames per second")
+    width: Integer | None = Field(None, description="pixels; with height in place of size")
+    height: Integer | None = Field(None, description="pixels; with width in place of size")
+    max_sequence_length: Integer | None = Field(None, description="prompt tokens after which the text is cut off")
+    seed: Integer | None = Field(None, description="64 bits; the same seed gives the same video; random, if not given")
     n: int = Field(1, ge=1, le=1, description="one video for each request")
     user: str | None = Field(None, description="without effect")
     safety_identifier: str | None = Field(None, description="without effect")
