@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--matrix"):
         for item in items:
-            if "matrix" in item.keywords and item.get_closest_marker("matrix"):
+            if item.get_closest_marker("matrix"):
                 item.add_marker(pytest.mark.skip(reason="in the whole matrix only: --matrix"))
 
 

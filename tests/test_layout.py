@@ -327,6 +327,7 @@ WITHOUT_TESTS = {
     "configs/errors.py": "two exceptions without code of their own",
     "server/migrations/env.py": "tests/server/test_jobs.py migrates with it",
     "server/migrations/versions/v0001_video_jobs.py": "tests/server/test_jobs.py compares its tables with the code's",
+    "server/migrations/versions/v0002_idempotency.py": "the same",
     "models/base.py": "a contract: each family's golden test runs all of it",
     "models/build.py": "every golden test builds its model with it, and tests/engine its errors",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -33,8 +34,8 @@ class Capabilities(BaseModel):
     """(width, height) of `size: "auto"`."""
     num_inference_steps: int
     """The model card's number of denoising steps."""
-    min_inference_steps: int
-    max_inference_steps: int
+    min_inference_steps: int = 1
+    max_inference_steps: int = 200
     quality_steps: dict[Literal["low", "medium", "high"], int]
     """Steps by the OpenAI `quality` field, for a request that names no number of its own."""
     guidance_parameter: Literal["true_cfg_scale", "guidance_scale"]
@@ -45,10 +46,10 @@ class Capabilities(BaseModel):
     """The model card's strength in the low-noise steps; None for models that have no second transformer for them."""
     no_guidance: float = 1.0
     """At this strength or less there is no guidance, and half the work."""
-    max_guidance: float
+    max_guidance: float = 100.0
     embedded_guidance: float | None = None
     """The default of `guidance_scale`, where that is an input of the transformer, beside `true_cfg_scale`."""
-    negative_prompt: str
+    negative_prompt: str = ""
     """The negative prompt of a request that has none."""
     takes_negative_prompt: bool = True
     max_sequence_length: int
@@ -97,8 +98,9 @@ class Capabilities(BaseModel):
 
     def resolve(self, prompt: str, params: SamplingParams) -> Request:
         """Fill in the model's defaults and check every value. Raises `RequestError`; nothing is ever clamped."""
-        task = self._task(params)
-        width, height = self._size(task, params)
+        sizes = self._picture_sizes(params)
+        task = self._task(params, sizes)
+        width, height = self._size(task, params, sizes)
         self._check_prompt(prompt)
         self._check_negative_prompt(params.negative_prompt)
         self._check_size(width, height)
@@ -128,18 +130,21 @@ class Capabilities(BaseModel):
             )
         return request
 
-    def _task(self, params: SamplingParams) -> Task:
-        """What the request's pictures ask for. Raises `RequestError` where the model cannot."""
-        if not params.images:
+    def _picture_sizes(self, params: SamplingParams) -> list[tuple[int, int]]:
+        """(width, height) of each picture that came with the request, from its header."""
+        if len(params.images) > self.max_images:
+            takes = f"at most {self.max_images}" if self.max_images else "none"
+            raise RequestError(f"{len(params.images)} pictures were sent; {self.family} takes {takes}.", param="image")
+        return [picture_size(image, "image") for image in params.images]
+
+    def _task(self, params: SamplingParams, sizes: Sequence[tuple[int, int]]) -> Task:
+        """What the request's pictures, of `sizes`, ask for. Raises `RequestError` where the model cannot."""
+        if not sizes:
             if params.mask is not None:
                 raise RequestError("'mask' needs an 'image' that it is laid over.", param="mask")
             if found := self._first_of(("text-to-image", "text-to-video")):
                 return found
             raise RequestError(f"{self.family} needs a picture to begin with: 'image'.", param="image")
-        if len(params.images) > self.max_images:
-            takes = f"at most {self.max_images}" if self.max_images else "none"
-            raise RequestError(f"{len(params.images)} pictures were sent; {self.family} takes {takes}.", param="image")
-        sizes = [picture_size(image, "image") for image in params.images]
         if params.mask is None:
             found = self._first_of(("edit", "layered", "image-to-video", "image-to-image"))
             assert found, "max_images without a task that takes pictures"
@@ -155,11 +160,11 @@ class Capabilities(BaseModel):
     def _first_of(self, tasks: tuple[Task, ...]) -> Task | None:
         return next((task for task in tasks if task in self.tasks), None)
 
-    def _size(self, task: Task, params: SamplingParams) -> tuple[int, int]:
+    def _size(self, task: Task, params: SamplingParams, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """(width, height), of which what the request does not say comes from its first picture or is the default."""
         width, height = self.default_size
-        if params.images and (params.width is None or params.height is None):
-            width, height = self.scaled(picture_size(params.images[0], "image"), task)
+        if sizes and (params.width is None or params.height is None):
+            width, height = self.scaled(sizes[0], task)
         return width if params.width is None else params.width, height if params.height is None else params.height
 
     def scaled(self, size: tuple[int, int], task: Task) -> tuple[int, int]:
@@ -250,9 +255,7 @@ class Capabilities(BaseModel):
         scales = {"true_cfg_scale": params.true_cfg_scale, "guidance_scale": params.guidance_scale}
         scale = scales.pop(self.guidance_parameter)
         [(other, value)] = scales.items()
-        if (
-            value not in (None, 1) and self.embedded_guidance is None
-        ):  # one is no guidance, which is what not having it means
+        if value not in (None, 1) and self.embedded_guidance is None:  # one is no guidance, as in not having it
             raise RequestError(
                 f"{self.family} takes '{self.guidance_parameter}'; '{other}' would have no effect.", param=other
             )

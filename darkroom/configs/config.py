@@ -7,6 +7,7 @@ processes as JSON.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -85,13 +86,13 @@ class _CommandLine(BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # flags come on top of these by themselves; no environment variable is read
+        return (init_settings,)  # flags come on top of these by themselves
 
     @classmethod
     def parse(cls, arguments: list[str]) -> Self:
         """Raises `ConfigError` with one line. `--help` prints and exits."""
         try:
-            return CliApp.run(cls, cli_args=arguments, **_read_yaml(cls, arguments))
+            return CliApp.run(cls, cli_args=arguments, **(_read_environment(cls) | _read_yaml(cls, arguments)))
         except SettingsError as e:
             raise ConfigError(str(e).removeprefix("error parsing CLI: ")) from None
         except ValidationError as e:
@@ -206,13 +207,19 @@ def _read_file(flag: str, path: Path) -> bytes:
         raise ConfigError(f"{flag} {path}: {e.strerror}") from None
 
 
-_SECRET = ("api_key", "ssl_keyfile_password")
-"""Flags whose values are not shown."""
+_SECRET = ("api_key", "ssl_keyfile_password", "database_url")
+"""Flags whose values are not shown, and which a variable of the environment may give: no other user sees it in `ps`."""
 
 
 def engine_config(config: EngineConfig) -> EngineConfig:
     """The part of a command's configuration that the engine's processes need."""
     return EngineConfig.model_validate({name: getattr(config, name) for name in EngineConfig.model_fields})
+
+
+def _read_environment(cls: type[_CommandLine]) -> dict[str, Any]:
+    """Nothing but secrets, as DARKROOM_API_KEY. An empty one counts: a key that got lost must not open the server."""
+    variables = {name: os.environ.get(f"DARKROOM_{name.upper()}") for name in _SECRET if name in cls.model_fields}
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 def _read_yaml(cls: type[_CommandLine], arguments: list[str]) -> dict[str, Any]:

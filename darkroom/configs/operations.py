@@ -39,7 +39,7 @@ class OperationsConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     api_key: Annotated[list[SecretStr], Several] = Field(
-        [], description="a key that clients must show, once for each; other users of the machine may see it in `ps`"
+        [], description="a key that clients must show, once for each; not to be seen in `ps` as DARKROOM_API_KEY"
     )
     api_key_file: Path | None = Field(None, description="file of hashed keys with names, from `darkroom hash-key`")
     protect_metrics: bool = Field(False, description="/metrics needs a key too")

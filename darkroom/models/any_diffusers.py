@@ -139,7 +139,6 @@ def _capabilities(
         max_pixels=4 * math.prod(default_size),
         default_size=default_size,
         num_inference_steps=steps,
-        min_inference_steps=1,
         max_inference_steps=max(200, steps),
         quality_steps={"low": math.ceil(steps * 0.4), "medium": math.ceil(steps * 0.7), "high": steps},
         guidance_parameter=guidance,

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from darkroom.parallel.plan import Plan
 
-from .base import Component, Model
+from .base import Component, Model, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -23,23 +24,37 @@ VAE = Component(
 )
 
 
-def decode_latents(model: Model, latents: torch.Tensor) -> torch.Tensor | None:
-    """[B, C, h, w] as the transformer made them -> pictures [B, 3, H, W] on the output rank, None elsewhere."""
-    vae = model.vae
+class AutoencoderKLModel(Model):
+    """A family whose pictures come from it."""
 
-    def decode(z: torch.Tensor) -> torch.Tensor:
-        picture: torch.Tensor = vae.decode(z, return_dict=False)[0]
-        return picture
+    def tiling(self) -> Tiling:
+        return tiling(self.vae)
 
-    z = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-    return model.spread_decode(z, decode, decode)
+    def encode_picture(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """[1, 3, H, W] in [-1, 1] -> latents as the transformer knows them [1, C, h, w], sampled from the VAE."""
+        config = self.vae.config
+        latents: torch.Tensor = self.encoder.encode(picture).latent_dist.sample(generator)
+        return (latents - config.shift_factor) * config.scaling_factor
 
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """[1, C, h, w], which is the shape in which they go through the steps."""
+        return latents
 
-def encode_picture(model: Model, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """[1, 3, H, W] in [-1, 1] -> latents as the transformer knows them [1, C, h, w], sampled from the VAE."""
-    config = model.vae.config
-    latents: torch.Tensor = model.encoder.encode(picture).latent_dist.sample(generator)
-    return (latents - config.shift_factor) * config.scaling_factor
+    def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        import torch
+
+        return self.decode_latents(torch.cat(list(latents)))
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """[B, C, h, w] as the transformer made them -> pictures [B, 3, H, W] on the output rank, None elsewhere."""
+        vae = self.vae
+
+        def decode(z: torch.Tensor) -> torch.Tensor:
+            picture: torch.Tensor = vae.decode(z, return_dict=False)[0]
+            return picture
+
+        z = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        return self.spread_decode(z, decode, decode)
 
 
 def tiling(vae: Any) -> Tiling:

@@ -192,15 +192,25 @@ class Model(ABC):
         """One forward pass of the transformer over a batch. -> [B, tokens, channels]"""
 
     @abstractmethod
-    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Combine the branches' predictions for one sample, in the order of `sample.branches`."""
-
-    @abstractmethod
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Latents of samples of one size -> pictures in [-1, 1], on the output rank; None elsewhere.
 
         [B, 3, H, W], or with what else a sample's pictures are: frames, layers, an alpha channel.
         """
+
+    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Combine the branches' predictions for one sample, in the order of `sample.branches`.
+
+        Classifier-free guidance (https://arxiv.org/abs/2207.12598), where a model does not combine them otherwise.
+        """
+        if len(predictions) == 1:
+            return predictions[0]
+        cond, uncond = predictions
+        return uncond + self.guidance_scale(sample) * (cond - uncond)
+
+    def guidance_scale(self, sample: Sample) -> float:
+        """How strongly this step of the sample is guided."""
+        return sample.request.guidance_scale
 
     def prompts(self, request: Request) -> list[str]:
         """The texts of the guidance branches, the conditional first."""

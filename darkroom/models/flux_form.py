@@ -24,13 +24,11 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
-from .autoencoder_kl import decode_latents, tiling
-from .base import Model, Sample, noise_generator, with_context
+from .autoencoder_kl import AutoencoderKLModel
+from .base import Sample, noise_generator, with_context
 
 if TYPE_CHECKING:
     import torch
-
-    from darkroom.parallel.spatial import Tiling
 
 _DUAL, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 _HEADS = Heads("num_attention_heads")
@@ -66,15 +64,12 @@ def transformer_plan(mlp_in: Colwise) -> Plan:
     )
 
 
-class FluxForm(Model):
+class FluxForm(AutoencoderKLModel):
     """Text to image by the stock pipelines' loop, over latents that are packed to tokens."""
 
     @abstractmethod
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """-> hidden states [1, T, width] and their positions [T, 3]"""
-
-    def tiling(self) -> Tiling:
-        return tiling(self.vae)
 
     def prepare(self, request: Request) -> Sample:
         pipe = self.pipe
@@ -132,15 +127,9 @@ class FluxForm(Model):
         )[0]
         return prediction[:, : samples[0].latents.shape[1]]
 
-    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
-        if len(predictions) == 1:
-            return predictions[0]
-        cond, uncond = predictions
-        return uncond + sample.request.guidance_scale * (cond - uncond)
-
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
         import torch
 
         request, pipe = samples[0].request, self.pipe
         packed = torch.cat(list(latents))
-        return decode_latents(self, pipe._unpack_latents(packed, request.height, request.width, pipe.vae_scale_factor))
+        return self.decode_latents(pipe._unpack_latents(packed, request.height, request.width, pipe.vae_scale_factor))

@@ -32,13 +32,9 @@ class LongCatImage(FluxForm):
         max_pixels=2048 * 2048,
         default_size=(1024, 1024),
         num_inference_steps=50,
-        min_inference_steps=1,
-        max_inference_steps=200,
         quality_steps={"low": 20, "medium": 35, "high": 50},
         guidance_parameter="guidance_scale",
         guidance_scale=4.5,
-        max_guidance=100.0,
-        negative_prompt="",
         max_sequence_length=512,
         text_window=512,
         guidance_branches=2,
@@ -83,6 +79,7 @@ class LongCatImageEdit(LongCatImage):
     components: ClassVar = {**LongCatImage.components, "text_encoder": QWEN2_5_VL_WITH_VISION}
     files = (*FluxForm.files, processor_files("text_processor"))
     unused = ()
+    guide = FluxForm.guide  # the stock pipeline keeps to no norm when it edits
 
     def __init__(self, *args: Any, **options: Any) -> None:
         from .vision_language import mark_pictures
@@ -130,6 +127,3 @@ class LongCatImageEdit(LongCatImage):
             return sum(len(self.pipe.tokenizer(word, add_special_tokens=False).input_ids) for word in words) > window
 
         return prompt[: bisect_left(range(1, len(prompt) + 1), True, key=too_long)]
-
-    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
-        return FluxForm.guide(self, sample, predictions)

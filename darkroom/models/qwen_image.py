@@ -65,11 +65,9 @@ class QwenImage(Model):
         default_size=(1328, 1328),
         num_inference_steps=50,
         min_inference_steps=2,  # with one step, the scheduler's terminal shift divides zero by zero
-        max_inference_steps=200,
         quality_steps={"low": 20, "medium": 35, "high": 50},
         guidance_parameter="true_cfg_scale",
         guidance_scale=4.0,
-        max_guidance=100.0,
         negative_prompt=" ",
         max_sequence_length=512,
         text_window=1024,
@@ -173,11 +171,10 @@ class QwenImage(Model):
 
     def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
         """Classifier-free guidance that keeps the norm of the conditional prediction."""
+        guided = super().guide(sample, predictions)
         if len(predictions) == 1:
-            return predictions[0]
-        cond, uncond = predictions
-        guided = uncond + sample.request.guidance_scale * (cond - uncond)
-        return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+            return guided
+        return guided * (predictions[0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
         import torch

@@ -127,6 +127,7 @@ class QwenImageLayered(QwenImage):
         }
     )
     unused = ("processor",)  # it writes captions for requests without a prompt, which there are none of
+    guide = Model.guide  # the stock pipeline keeps no norm here
 
     def prepare(self, request: Request) -> Sample:
         grid = self.grid(request.width, request.height)
@@ -171,12 +172,6 @@ class QwenImageLayered(QwenImage):
         import torch
 
         return {"additional_t_cond": torch.zeros(batch_size, dtype=torch.long, device=self.device)}
-
-    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
-        if len(predictions) == 1:
-            return predictions[0]
-        cond, uncond = predictions
-        return uncond + sample.request.guidance_scale * (cond - uncond)
 
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """[B, L, 4, H, W]: the layers, without what they make together."""

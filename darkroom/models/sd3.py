@@ -19,15 +19,13 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
-from .autoencoder_kl import VAE, decode_latents, encode_picture, tiling
-from .base import Component, Model, Sample, noise_generator
+from .autoencoder_kl import VAE, AutoencoderKLModel
+from .base import Component, Sample, noise_generator
 from .from_picture import Start, start_from_picture
 from .text_encoders import CLIP, T5
 
 if TYPE_CHECKING:
     import torch
-
-    from darkroom.parallel.spatial import Tiling
 
 _BLOCK = "transformer_blocks.*"
 _HEADS = Heads("num_attention_heads")
@@ -86,7 +84,7 @@ class JointAttention:
         return picture, words if attn.context_pre_only else attn.to_add_out(words)
 
 
-class StableDiffusion3(Model):
+class StableDiffusion3(AutoencoderKLModel):
     pipelines = (
         "StableDiffusion3Pipeline",
         "StableDiffusion3Img2ImgPipeline",
@@ -102,13 +100,9 @@ class StableDiffusion3(Model):
         max_pixels=2048 * 2048,
         default_size=(1024, 1024),
         num_inference_steps=28,
-        min_inference_steps=1,
-        max_inference_steps=200,
         quality_steps={"low": 20, "medium": 28, "high": 40},
         guidance_parameter="guidance_scale",
         guidance_scale=4.5,
-        max_guidance=100.0,
-        negative_prompt="",
         max_sequence_length=256,
         text_window=512,
         guidance_branches=2,
@@ -128,14 +122,11 @@ class StableDiffusion3(Model):
         "vae": VAE,
     }
     files = (
-        *Model.files,
+        *AutoencoderKLModel.files,
         (("tokenizer_2/tokenizer.json",), ("tokenizer_2/vocab.json", "tokenizer_2/merges.txt")),
         (("tokenizer_3/tokenizer.json",), ("tokenizer_3/spiece.model",)),
     )
     optional = ("text_encoder_3", "tokenizer_3")  # the largest part by far: zeros stand for what it would say
-
-    def tiling(self) -> Tiling:
-        return tiling(self.vae)
 
     def prepare(self, request: Request) -> Sample:
         branches = [self._encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)]
@@ -161,12 +152,6 @@ class StableDiffusion3(Model):
             1, channels, request.height, request.width, dtype, self.device, noise_generator(request)
         )
         return Start(latents=noise)
-
-    def encode_picture(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return encode_picture(self, picture, generator)
-
-    def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
 
     def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
         """Hidden states of CLIP's 77 tokens, and behind them T5's; and CLIP's summaries."""
@@ -206,14 +191,3 @@ class StableDiffusion3(Model):
             return_dict=False,
         )[0]
         return prediction
-
-    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
-        if len(predictions) == 1:
-            return predictions[0]
-        cond, uncond = predictions
-        return uncond + sample.request.guidance_scale * (cond - uncond)
-
-    def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        import torch
-
-        return decode_latents(self, torch.cat(list(latents)))

@@ -91,13 +91,9 @@ class Wan(Model):
         max_pixels=1920 * 1088,
         default_size=(832, 480),
         num_inference_steps=50,
-        min_inference_steps=1,
-        max_inference_steps=200,
         quality_steps={"low": 20, "medium": 35, "high": 50},
         guidance_parameter="guidance_scale",
         guidance_scale=5.0,
-        max_guidance=100.0,
-        negative_prompt="",
         max_sequence_length=512,
         text_window=512,
         guidance_branches=2,
@@ -242,14 +238,9 @@ class Wan(Model):
         tokens = sample.image_tokens // sample.latents.shape[2]  # of a frame
         return torch.cat([torch.zeros_like(times[:tokens]), times[tokens:]])
 
-    def guide(self, sample: Sample, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
-        if len(predictions) == 1:
-            return predictions[0]
-        cond, uncond = predictions
-        scale = sample.request.guidance_scale
-        if not _is_high_noise(sample) and sample.request.guidance_scale_2 is not None:
-            scale = sample.request.guidance_scale_2
-        return uncond + scale * (cond - uncond)
+    def guidance_scale(self, sample: Sample) -> float:
+        low_noise = sample.request.guidance_scale_2
+        return sample.request.guidance_scale if low_noise is None or _is_high_noise(sample) else low_noise
 
     def advance(self, sample: Sample, prediction: torch.Tensor) -> None:
         super().advance(sample, prediction)

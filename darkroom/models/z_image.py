@@ -20,15 +20,13 @@ from darkroom.parallel.plan import (
     SequenceRule,
 )
 
-from .autoencoder_kl import VAE, decode_latents, encode_picture, tiling
-from .base import Component, Model, Sample, noise_generator
+from .autoencoder_kl import VAE, AutoencoderKLModel
+from .base import Component, Sample, noise_generator
 from .from_picture import Start, start_from_picture
 from .text_encoders import QWEN3
 
 if TYPE_CHECKING:
     import torch
-
-    from darkroom.parallel.spatial import Tiling
 
 _HEADS = Heads("n_heads")
 _TOKENS = SequenceParallelInput(split_dim=1, expected_dims=3, stream=True)
@@ -59,7 +57,7 @@ TRANSFORMER = Plan(
 )
 
 
-class ZImage(Model):
+class ZImage(AutoencoderKLModel):
     pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
     capabilities = Capabilities(
         family="Z-Image",
@@ -70,14 +68,10 @@ class ZImage(Model):
         max_pixels=2048 * 2048,
         default_size=(1024, 1024),
         num_inference_steps=9,
-        min_inference_steps=1,
-        max_inference_steps=200,
         quality_steps={"low": 6, "medium": 8, "high": 9},
         guidance_parameter="guidance_scale",
         guidance_scale=0.0,
         no_guidance=0.0,
-        max_guidance=100.0,
-        negative_prompt="",
         max_sequence_length=512,
         text_window=512,
         guidance_branches=2,
@@ -102,9 +96,6 @@ class ZImage(Model):
             return {}
         steps = {"low": 28, "medium": 40, "high": 50}
         return {"num_inference_steps": 50, "guidance_scale": 4.0, "quality_steps": steps}
-
-    def tiling(self) -> Tiling:
-        return tiling(self.vae)
 
     def prepare(self, request: Request) -> Sample:
         from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
@@ -147,12 +138,6 @@ class ZImage(Model):
         )
         return Start(latents=noise)
 
-    def encode_picture(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return encode_picture(self, picture, generator)
-
-    def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
-
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         """The model predicts the data's side of the velocity at time 1 - sigma: negated, it is the scheduler's."""
         import torch
@@ -169,8 +154,3 @@ class ZImage(Model):
             return predictions[0]
         cond, uncond = predictions
         return cond + sample.request.guidance_scale * (cond - uncond)
-
-    def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        import torch
-
-        return decode_latents(self, torch.cat(list(latents)))

@@ -36,6 +36,7 @@ class AccessLog:
             path=scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200],
             status=trail.status,
             seconds=round(seconds, 6),
+            video=trail.video,
             **self._about_pictures(trail),
         )
         logger.log(level, "request", extra=members)

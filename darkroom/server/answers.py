@@ -21,6 +21,7 @@ from .context import Shared
 from .errors import ApiError
 from .fields import Quality
 from .files import FileStore
+from .ranges import Part
 from .sse import encode_event
 
 router = APIRouter()
@@ -94,16 +95,21 @@ class Shelf:
 
 
 @router.head("/files/{name}", include_in_schema=False)
-@router.get("/files/{name}", response_class=Response)
-async def get_file(name: str, context: Shared) -> Response:
+@router.get("/files/{name}", response_class=Response, responses={206: {"description": "A part of it."}})
+async def get_file(name: str, http: Request, context: Shared) -> Response:
     """A picture that was answered as a URL.
 
     Its name is the permission, so that a browser can show it: no part of `/v1`, whose routes may ask for a key.
     """
     if (data := await context.files.read(name)) is None:
         raise ApiError(404, "There is no such file, or its time is up.")
-    headers = {"Cache-Control": f"private, max-age={context.files.seconds}", "X-Content-Type-Options": "nosniff"}
-    return Response(data, media_type=f"image/{name.rpartition('.')[2]}", headers=headers)
+    part = Part.asked_for(http, name, len(data))
+    headers = {
+        **part.headers,
+        "cache-control": f"private, max-age={context.files.seconds}",
+        "x-content-type-options": "nosniff",
+    }
+    return Response(data[part.start : part.end], part.status, headers, media_type=f"image/{name.rpartition('.')[2]}")
 
 
 async def answer(events: Events, look: Look, shelf: Shelf | None) -> Response:

@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from darkroom.configs.capabilities import Capabilities
@@ -23,20 +22,22 @@ from . import answers, images, models, videos
 from .access import AccessLog
 from .client import EngineClient, EngineError
 from .context import Context, Shared
+from .document import key_needed
+from .drain import Drain
 from .errors import ErrorEnvelope, http_exception
 from .fetch import Fetcher
 from .files import FileStore
 from .guard import Guard
 from .keys import Keys
 from .metrics import Metrics
-from .middleware import Envelope, Outermost
+from .middleware import CrossOrigin, Envelope, Outermost
 from .runner import VideoRunner, VideoStores
 from .traces import Traces
 from .trail import Observer
 
 _VERSION = importlib.metadata.version("darkroom")
 _DEFAULTS = OperationsConfig()
-_FOR_PAGES = ("x-request-id", "retry-after", "retry-after-ms", "openai-poll-after-ms")
+_FOR_PAGES = ("x-request-id", "retry-after", "openai-poll-after-ms", "content-range")
 """Headers of answers that a browser lets its pages read."""
 
 
@@ -55,8 +56,8 @@ def create_app(
     What is kept on disk for a while goes into a folder of its own in `folder`, or where temporary files go. Raises
     `ConfigError`.
     """
-    metrics, files = Metrics(), FileStore(limits, folder)
-    runner = VideoRunner(stores, model=served_name, client=client, metrics=metrics) if stores else None
+    metrics, files, drain, keys = Metrics(), FileStore(limits, folder), Drain(), Keys.read(operations)
+    runner = VideoRunner(stores, model=served_name, client=client, metrics=metrics, drain=drain) if stores else None
     traces = Traces(operations.otlp_endpoint) if operations.otlp_endpoint else None
 
     @asynccontextmanager
@@ -86,30 +87,35 @@ def create_app(
         limits=limits,
         files=files,
         metrics=metrics,
+        drain=drain,
         videos=runner,
         fetcher=Fetcher(operations.allow_remote_media),
     )
     app.state.context = context
     observers: list[Observer] = [AccessLog(with_prompts=operations.log_prompts), *([traces] if traces else [])]
-    _add_layers(app, operations, context, observers)
+    _add_layers(app, operations, keys, context, observers)
     app.add_exception_handler(HTTPException, http_exception)
-    app.include_router(images.router)
+    needed = [key_needed()] if keys.names else []
+    for router in (images.router, videos.router, models.router):
+        app.include_router(router, dependencies=needed)
     app.include_router(answers.router)
-    app.include_router(videos.router)
-    app.include_router(models.router)
     app.add_api_route("/health", health)
-    app.add_api_route("/metrics", scrape, response_class=Response)
+    app.add_api_route(
+        "/metrics", scrape, response_class=Response, dependencies=needed if operations.protect_metrics else []
+    )
     app.add_api_route("/version", version)
     return app
 
 
-def _add_layers(app: FastAPI, operations: OperationsConfig, context: Context, observers: list[Observer]) -> None:
+def _add_layers(
+    app: FastAPI, operations: OperationsConfig, keys: Keys, context: Context, observers: list[Observer]
+) -> None:
     """From the inside outwards: refusals are told to pages of other origins too, and everything has an id."""
-    app.add_middleware(Guard, config=operations, keys=Keys.read(operations), drain=context.drain)
+    app.add_middleware(Guard, config=operations, keys=keys, drain=context.drain)
     app.add_middleware(Envelope, metrics=context.metrics)
     if operations.cors_origin:
         app.add_middleware(
-            CORSMiddleware,
+            CrossOrigin,
             allow_origins=operations.cors_origin,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -18,6 +19,8 @@ from .files import FileStore
 from .metrics import Metrics
 from .runner import VideoRunner
 
+_DECODED_AT_ONCE = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -33,6 +36,8 @@ class Context:
     """Unix seconds."""
     videos: VideoRunner | None = None
     """None where the model makes no videos."""
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_DECODED_AT_ONCE))
+    """Around what decodes a picture in this process: each takes as much as 64 megapixels."""
 
 
 async def _context(request: Request) -> Context:

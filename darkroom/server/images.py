@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel
 from starlette.responses import Response
 
 from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request
 
+from . import document
 from .answers import Events, ImagesResponse, Look, Shelf, answer, stream
 from .body import disconnection, media_type, read_json, unsupported
 from .client import interleave
 from .context import Context, Shared
 from .fields import QUALITIES, EditRequest, GenerationRequest, ImageRequest, VariationRequest, background_of
 from .form import read_form
+from .idempotency import idempotency_key, seeded
 from .models import check_model
 from .sse import EventStream
 from .trail import trail_of
@@ -31,26 +30,11 @@ router = APIRouter()
 _PICTURES = {"content": {"text/event-stream": {}}, "description": "The pictures, or with `stream` their events."}
 
 
-def _document(**bodies: dict[str, Any]) -> dict[str, Any]:
-    """What the OpenAPI document says of a route's body, which it reads itself."""
-    kinds = {"json": "application/json", "form": "multipart/form-data"}
-    content = {kinds[kind]: {"schema": schema} for kind, schema in bodies.items()}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _form_schema(model: type[BaseModel], files: Sequence[str], without: Sequence[str] = ()) -> dict[str, Any]:
-    schema = model.model_json_schema()
-    file = {"type": "string", "format": "binary"}
-    fields = {name: field for name, field in schema["properties"].items() if name not in without}
-    required = ["image", *schema.get("required", ())]
-    return {**schema, "properties": {**dict.fromkeys(files, file), **fields}, "required": required}
-
-
 @router.post(
     "/v1/images/generations",
     response_model=ImagesResponse,
     responses={200: _PICTURES},
-    openapi_extra=_document(json=GenerationRequest.model_json_schema()),
+    openapi_extra=document.body(json=GenerationRequest.model_json_schema()),
 )
 async def create_image(http: HttpRequest, context: Shared) -> Response:
     asked = GenerationRequest.read(await read_json(http))
@@ -61,8 +45,8 @@ async def create_image(http: HttpRequest, context: Shared) -> Response:
     "/v1/images/edits",
     response_model=ImagesResponse,
     responses={200: _PICTURES},
-    openapi_extra=_document(
-        form=_form_schema(EditRequest, ("image", "mask"), without=("images", "mask", "markup")),
+    openapi_extra=document.body(
+        form=document.form_schema(EditRequest, ("image", "mask"), without=("images", "markup"), required=("image",)),
         json={**EditRequest.model_json_schema(), "required": ["images", "prompt"]},
     ),
 )
@@ -89,7 +73,7 @@ async def edit_image(http: HttpRequest, context: Shared) -> Response:
 @router.post(
     "/v1/images/variations",
     response_model=ImagesResponse,
-    openapi_extra=_document(form=_form_schema(VariationRequest, ("image",))),
+    openapi_extra=document.body(form=document.form_schema(VariationRequest, ("image",), required=("image",))),
 )
 async def create_variation(http: HttpRequest, context: Shared) -> Response:
     if media_type(http) != "multipart/form-data":
@@ -107,6 +91,7 @@ async def _draw(
 ) -> Response:
     """`events` is their name, where they are asked for."""
     check_model(asked.model, context)
+    asked = seeded(asked, idempotency_key(http))
     first = (
         await asyncio.to_thread(_resolve, asked, pictures, context)
         if pictures.images

@@ -51,7 +51,9 @@ JOBS = sa.Table(
     sa.Column("lease", sa.Double, nullable=False),
     sa.Column("crashes", sa.Integer, nullable=False),
     sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("idempotency_key", sa.String(64)),
     sa.Index("video_jobs_by_status", "status", "id"),
+    sa.Index("video_jobs_by_key", "idempotency_key", unique=True),
 )
 
 _FINISHED = ("completed", "failed")
@@ -90,10 +92,18 @@ class Job:
     """How often the engine's workers were lost while they had the job."""
     size: int = 0
     """Bytes of its files."""
+    idempotency_key: str | None = None
+    """No two jobs have the same."""
 
     @classmethod
     def new(
-        cls, request: Request, *, model: str, seconds: str, remixed_from: str | None = None, size: int = 0
+        cls,
+        request: Request,
+        *,
+        model: str,
+        seconds: str,
+        remixed_from: str | None = None,
+        idempotency_key: str | None = None,
     ) -> tuple[Job, bytes | None]:
         """The job, and the picture that its request begins from."""
         picture = request.images[0] if request.images else None
@@ -108,6 +118,7 @@ class Job:
             request=msgspec.json.encode(bare).decode(),
             has_picture=picture is not None,
             size=len(picture or b""),
+            idempotency_key=idempotency_key,
         )
         return job, picture
 
@@ -133,11 +144,20 @@ class JobStore:
         """Wait for what is under way."""
         await asyncio.gather(*self._under_way, return_exceptions=True)
 
-    async def add(self, job: Job) -> None:
-        await self._change(sa.insert(JOBS).values(**asdict(job)))
+    async def add(self, job: Job) -> bool:
+        """False when there is another job with its idempotency key."""
+        try:
+            return await self._change(sa.insert(JOBS).values(**asdict(job)))
+        except sa.exc.IntegrityError:
+            if job.idempotency_key is None:
+                raise
+            return False
 
     async def get(self, id: str) -> Job | None:
         return await self._first(sa.select(JOBS).where(JOBS.c.id == id)) if is_id(id) else None
+
+    async def asked_by(self, idempotency_key: str) -> Job | None:
+        return await self._first(sa.select(JOBS).where(JOBS.c.idempotency_key == idempotency_key))
 
     async def page(self, *, after: str | None, limit: int, newest_first: bool) -> Sequence[Job]:
         query = sa.select(JOBS).order_by(JOBS.c.id.desc() if newest_first else JOBS.c.id).limit(limit)

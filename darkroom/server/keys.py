@@ -30,7 +30,9 @@ class Keys:
         """Raises `ConfigError`, which shows no key."""
         names = _read_file(config.api_key_file) if config.api_key_file else {}
         for number, secret in enumerate(config.api_key, 1):
-            names.setdefault(_digest(_checked(secret.get_secret_value(), "--api-key")), f"key-{number}")
+            names.setdefault(
+                _digest(_checked(secret.get_secret_value(), "--api-key or DARKROOM_API_KEY")), f"key-{number}"
+            )
         if config.api_key_file and not names:
             raise ConfigError(f"--api-key-file {config.api_key_file}: holds no key, so nobody could ask for anything")
         return cls(names)

@@ -9,7 +9,9 @@ import uuid
 from collections.abc import Sequence
 from email.utils import formatdate
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .drain import Drain
@@ -53,6 +55,17 @@ class Outermost:
             self.metrics.count(getattr(scope.get("route"), "path", "unknown"), trail.status)
             for observe in self.observers:
                 observe(trail, scope, time.perf_counter() - began)
+
+
+class CrossOrigin(CORSMiddleware):
+    """Starlette's, whose refusals are the error object."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        allowed = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        return ApiError(response.status_code, f"{bytes(response.body).decode()}.", headers=allowed).response()
 
 
 class Envelope:

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from darkroom.configs.errors import RequestError
+from darkroom.configs.logs import facts
 from darkroom.configs.request import Request
 from darkroom.engine.messages import Finished, Progress
 
 from .client import EngineClient, EngineError, interleave
-from .errors import ApiError
+from .drain import Drain
+from .errors import too_many
+from .idempotency import HEADER
 from .job_files import JobFiles, open_files
 from .jobs import Job, JobStore, open_jobs
 from .metrics import Metrics
@@ -29,6 +33,8 @@ _ENDINGS: dict[Variant, str] = {"video": "mp4", "thumbnail": "webp", "spriteshee
 _MAX_CRASHES = 2
 """After so many losses of the workers a job is taken for their cause."""
 _BUSY_SECONDS = 2.0
+_USUAL_SECONDS = 60.0
+"""That a video takes, until one was made."""
 _ORPHAN_SECONDS = 3600.0
 _DATABASE = "videos.sqlite"
 
@@ -77,11 +83,16 @@ class ClaimLost(Exception):
 
 
 class VideoRunner:
-    def __init__(self, stores: VideoStores, *, model: str, client: EngineClient, metrics: Metrics) -> None:
+    """While the server drains it goes on with what it has begun, and takes nothing new."""
+
+    def __init__(
+        self, stores: VideoStores, *, model: str, client: EngineClient, metrics: Metrics, drain: Drain
+    ) -> None:
         self.jobs, self.files, self.options = stores.jobs, stores.files, stores.options
         self._model = model
         self._client = client
         self._metrics = metrics
+        self._drain = drain
         self._running: dict[asyncio.Task[None], str] = {}
         """With their jobs' ids: two have the same when this server was stalled, and took its own job over."""
         self._news = asyncio.Event()
@@ -90,15 +101,38 @@ class VideoRunner:
     def is_working(self) -> bool:
         return bool(self._running)
 
-    async def submit(self, job: Job, picture: bytes | None) -> None:
-        """Accept it: from here on it is not lost. Raises `ApiError` 429 where too many wait."""
+    @property
+    def _has_place(self) -> bool:
+        return len(self._running) < self.options.concurrency
+
+    async def submit(self, job: Job, picture: bytes | None) -> Job:
+        """Accept it: from here on it is not lost. What was asked for with its key before is that job.
+
+        Raises `ApiError` 429 where too many wait, `RequestError` for a key of something else.
+        """
+        if earlier := await self._earlier(job, picture):
+            return earlier
         if await self.jobs.waiting() >= self.options.max_waiting:
-            message = f"{self.options.max_waiting} videos are waiting already; try again in a minute."
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "60"})
+            message = f"{self.options.max_waiting} videos are waiting already."
+            raise too_many(message, self._metrics.usual_seconds or _USUAL_SECONDS)
         if picture is not None:
             await self.files.put(_picture_name(job), picture)
-        await self.jobs.add(job)
-        self._news.set()
+        if await self.jobs.add(job):
+            self._news.set()
+            return job
+        await self.files.delete(_picture_name(job))  # the same was asked for at the same moment
+        return await self.submit(job, picture)
+
+    async def _earlier(self, job: Job, picture: bytes | None) -> Job | None:
+        key = job.idempotency_key
+        if key is None or (found := await self.jobs.asked_by(key)) is None:
+            return None
+        is_same = _asked(found) == _asked(job)
+        if is_same and picture is not None:
+            is_same = picture == await self.files.read(_picture_name(found))
+        if not is_same:
+            raise RequestError(f"'{HEADER}' was sent before, with another request.", param=HEADER)
+        return found
 
     async def request_of(self, job: Job) -> Request:
         picture = await self.files.read(_picture_name(job)) if job.has_picture else None
@@ -159,7 +193,7 @@ class VideoRunner:
 
     async def _take(self) -> None:
         """Jobs, for as long as there is a place for them. Without an engine none would get anywhere."""
-        while len(self._running) < self.options.concurrency and self._client.last_status.state == "ready":
+        while self._has_place and self._client.last_status.state == "ready" and not self._drain.is_on:
             if (job := await self.jobs.claim(self._model, self.options.lease)) is None:
                 return
             task = asyncio.create_task(self._run(job))
@@ -172,7 +206,8 @@ class VideoRunner:
 
     async def _run(self, job: Job) -> None:
         """One job, to whatever end it comes."""
-        with _logged(f"cannot write down the end of {job.id}"):
+        began = time.monotonic()
+        with self._drain.work(), _logged(f"cannot write down the end of {job.id}"):
             try:
                 await self._complete(job)
             except asyncio.CancelledError:  # the job was deleted, or the server stops
@@ -183,10 +218,13 @@ class VideoRunner:
                 await self.files.delete(*_names(job))
             except EngineError as e:
                 await self._engine_failed(job, e)
+            except RequestError as e:  # of which only the workers could tell
+                await self._fail(job, str(e), e.code)
             except Exception:
                 logger.exception("%s failed", job.id)
                 await self._fail(job, "The server could not make the video; its log says why, under the video's id.")
             else:
+                logger.info("video", extra=facts(video=job.id, seconds=round(time.monotonic() - began, 6)))
                 await self.clean()
 
     async def _complete(self, job: Job) -> None:
@@ -235,13 +273,17 @@ class VideoRunner:
         else:
             await self._fail(job, f"The model's workers were lost {_MAX_CRASHES} times while they made this video.")
 
-    async def _fail(self, job: Job, message: str) -> None:
-        if await self.jobs.fail(job, code="server_error", message=message, ttl=self.options.ttl):
+    async def _fail(self, job: Job, message: str, code: str = "server_error") -> None:
+        if await self.jobs.fail(job, code=code, message=message, ttl=self.options.ttl):
             await self.files.delete(*_names(job))
 
 
 def file_name(job: Job, variant: Variant) -> str:
     return f"{job.id}-{job.claim}.{_ENDINGS[variant]}"
+
+
+def _asked(job: Job) -> tuple[object, ...]:
+    return job.request, job.model, job.seconds, job.remixed_from, job.has_picture
 
 
 def _picture_name(job: Job) -> str:

@@ -28,6 +28,8 @@ class Trail:
     asked: Request | None = None
     made: list[tuple[float, Finished]] = field(default_factory=list)
     """Pictures, without their bytes, and when."""
+    video: str | None = None
+    """The id of the job that was asked for."""
     status: int | None = None
 
     def add(self, event: Progress | Preview | Finished) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
@@ -31,19 +31,22 @@ class Pictures:
     def check(self, limits: Limits) -> None:
         """Raises `RequestError` or `ApiError` for what no model is to see."""
         for data in self.images:
-            _check(data, "image", limits)
+            check_picture(data, "image", limits)
         if self.mask is not None:
-            _check(self.mask, "mask", limits)
+            check_picture(self.mask, "mask", limits)
 
 
 class Reference(BaseModel):
     """A picture in JSON."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, json_schema_extra={"required": ["image_url"]})
 
-    image_url: str | None = Field(None, max_length=_MAX_URL)
-    file_id: str | None = None
+    image_url: str | None = Field(None, max_length=_MAX_URL, description="'data:image/png;base64,...', or https:")
+    file_id: Annotated[str | None, WithJsonSchema({"type": "null", "description": "not supported"})] = None
 
+
+ReferenceObject = Annotated[dict[str, Any], WithJsonSchema(Reference.model_json_schema())]
+"""Is read by `referenced`, whose errors name the field that it stands in."""
 
 Fetched = Mapping[str, bytes]
 """Pictures from other hosts, by their URLs."""
@@ -85,8 +88,8 @@ def from_json(images: Sequence[dict[str, Any]] | None, mask: dict[str, Any] | No
     if not images:
         raise RequestError("Missing required parameter: 'images'.", param="images", code="missing_required_parameter")
     return Pictures(
-        images=tuple(_referenced(reference, "images", fetched) for reference in images),
-        mask=None if mask is None else _referenced(mask, "mask", fetched),
+        images=tuple(referenced(reference, "images", fetched) for reference in images),
+        mask=None if mask is None else referenced(mask, "mask", fetched),
     )
 
 
@@ -109,14 +112,15 @@ def picture_at(url: str, param: str, fetched: Fetched) -> bytes:
         raise RequestError(f"'{param}' has a data URL whose base64 is broken.", param=param) from None
 
 
-def _referenced(reference: dict[str, Any], param: str, fetched: Fetched) -> bytes:
+def referenced(reference: dict[str, Any], param: str, fetched: Fetched) -> bytes:
+    """The file that a `Reference` stands for. Raises `RequestError`."""
     try:
         found = validate(Reference, reference)
     except RequestError as e:
         raise RequestError(f"In '{param}': {e}", param=param, code=e.code) from None
     if found.file_id is not None:
         raise RequestError(
-            f"'{param}' has a 'file_id', and this server keeps no files: send an 'image_url' with a data URL.",
+            f"'{param}' has a 'file_id', and this server has no Files API: send an 'image_url' with a data URL.",
             param=param,
         )
     if found.image_url is None:
@@ -124,7 +128,8 @@ def _referenced(reference: dict[str, Any], param: str, fetched: Fetched) -> byte
     return picture_at(found.image_url, param, fetched)
 
 
-def _check(data: bytes, param: str, limits: Limits) -> None:
+def check_picture(data: bytes, param: str, limits: Limits) -> None:
+    """By its header. Raises `RequestError` or `ApiError`."""
     if len(data) > limits.max_image_mb << 20:
         message = f"'{param}' is larger than {limits.max_image_mb} MiB."
         raise ApiError(413, message, param=param, code="request_too_large")

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel
 from starlette.responses import Response
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
+from darkroom.configs.pictures import load_picture
 
+from . import document
 from .body import media_type, read_json, validate
 from .body import unsupported as unsupported_type
-from .context import Shared
+from .context import Context, Shared
 from .errors import ApiError
-from .form import Form, read_form
+from .form import Form, parse_object, read_form
+from .idempotency import idempotency_key, seeded
 from .jobs import Job, Status, is_id
 from .models import check_model
 from .ranges import file_response
 from .runner import Variant, VideoRunner, file_name
+from .trail import trail_of
+from .uploads import Fetched, check_picture, fetch_json, referenced
 from .video_request import Remix, VideoRequest
 
 router = APIRouter()
 
-JSON_LIMIT = 32 * 1024 * 1024
-"""Bytes of a JSON body, which may hold a picture of 20 MiB as a data: URL."""
-_BODIES = ("multipart/form-data", "application/json")
+_REFERENCE = "input_reference"
 _PAGE = 20
 _MAX_PAGE = 100
 _POLL_MS = 1000
+_LIST: dict[str, document.Schema] = {
+    "after": {"type": "string"},
+    "limit": {"type": "integer", "minimum": 0, "maximum": _MAX_PAGE, "default": _PAGE},
+    "order": {"enum": ["asc", "desc"], "default": "desc"},
+}
 _MEDIA_TYPES: dict[Variant, str] = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 
 
@@ -111,23 +119,25 @@ async def _runner(context: Shared) -> VideoRunner:
 Runner = Annotated[VideoRunner, Depends(_runner)]
 
 
-def _body(model: type[BaseModel]) -> dict[str, Any]:
-    content = {"schema": model.model_json_schema()}
-    return {"requestBody": {"required": True, "content": {kind: content for kind in _BODIES}}}
-
-
-@router.post("/v1/videos", openapi_extra=_body(VideoRequest))
+@router.post(
+    "/v1/videos",
+    openapi_extra=document.body(
+        form=document.form_schema(VideoRequest, (_REFERENCE,)), json=VideoRequest.model_json_schema()
+    ),
+)
 async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Video:
+    key = idempotency_key(http)
     body, is_form = await _read(http, context.limits)
-    asked = VideoRequest.read(body, is_form=is_form)
+    file = body.pop(_REFERENCE) if isinstance(body.get(_REFERENCE), bytes) else None
+    asked = seeded(VideoRequest.read(body, is_form=is_form), key)
     check_model(asked.model, context)
-    made = await asked.resolve(context.capabilities)
-    job, picture = Job.new(made.request, model=context.served_name, seconds=made.seconds)
-    await runner.submit(job, picture)
-    return Video.of(job)
+    picture = await _picture(asked.input_reference if file is None else file, context)
+    made = asked.resolve(context.capabilities, picture)
+    new = Job.new(made.request, model=context.served_name, seconds=made.seconds, idempotency_key=key)
+    return await _submit(http, runner, *new)
 
 
-@router.get("/v1/videos")
+@router.get("/v1/videos", openapi_extra=document.query(**_LIST))
 async def list_videos(http: HttpRequest, runner: Runner) -> VideoList:
     """Newest first. The cursor `after` is a video's id."""
     query = http.query_params
@@ -175,6 +185,7 @@ async def delete_video(id: str, runner: Runner) -> DeletedVideo:
     "/v1/videos/{id}/content",
     response_class=Response,
     responses={200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}}, 206: {"description": "A part of it."}},
+    openapi_extra=document.query(variant={"enum": list(_MEDIA_TYPES), "default": "video"}),
 )
 async def get_content(id: str, http: HttpRequest, runner: Runner) -> Response:
     """`variant` is video, thumbnail or spritesheet."""
@@ -188,9 +199,13 @@ async def get_content(id: str, http: HttpRequest, runner: Runner) -> Response:
     return await _content(http, runner, job, variant)  # type: ignore[arg-type]
 
 
-@router.post("/v1/videos/{id}/remix", openapi_extra=_body(Remix))
+@router.post(
+    "/v1/videos/{id}/remix",
+    openapi_extra=document.body(json=Remix.model_json_schema(), form=Remix.model_json_schema()),
+)
 async def remix_video(id: str, http: HttpRequest, context: Shared, runner: Runner) -> Video:
     """The same video with another prompt: its seed, size, length and picture stay."""
+    key = idempotency_key(http)
     source = await _job(id, runner)
     body, _ = await _read(http, context.limits)
     remix = validate(Remix, body)
@@ -198,22 +213,28 @@ async def remix_video(id: str, http: HttpRequest, context: Shared, runner: Runne
         message = f"The video was made by '{source.model}'; this server serves '{context.served_name}'."
         raise ApiError(400, message, param="id")
     request = remix.resolve(await runner.request_of(source), context.capabilities)
-    job, picture = Job.new(request, model=source.model, seconds=source.seconds, remixed_from=source.id)
-    await runner.submit(job, picture)
-    return Video.of(job)
+    new = Job.new(request, model=source.model, seconds=source.seconds, remixed_from=source.id, idempotency_key=key)
+    return await _submit(http, runner, *new)
 
 
 def makes_videos(capabilities: Capabilities) -> bool:
     return any(task.endswith("-to-video") for task in capabilities.tasks)
 
 
+async def _submit(http: HttpRequest, runner: VideoRunner, job: Job, picture: bytes | None) -> Video:
+    accepted = await runner.submit(job, picture)
+    trail = trail_of(http)
+    trail.asked, trail.video = accepted.read_request(), accepted.id
+    return Video.of(accepted)
+
+
 async def _read(http: HttpRequest, limits: Limits) -> tuple[dict[str, Any], bool]:
     """The body, and whether it is a form's."""
     match media_type(http):
         case "application/json":
-            return await read_json(http, JSON_LIMIT), False
+            return await read_json(http, limits.max_upload_mb << 20), False
         case "multipart/form-data":
-            return _once(await read_form(http, ("input_reference",), limits)), True
+            return _once(await read_form(http, (_REFERENCE,), limits)), True
         case _:
             raise unsupported_type(http, "'multipart/form-data' or 'application/json'")
 
@@ -222,12 +243,28 @@ def _once(form: Form) -> dict[str, Any]:
     """A form of which every field may come once, files among them. Raises `RequestError`."""
     if twice := [name for name, parts in form.files.items() if len(parts) > 1 or name in form.values]:
         raise RequestError(f"The form has '{twice[0]}' more than once.", param=twice[0])
-    return {**form.values, **{name: _as_sent(data) for name, [data] in form.files.items()}}
+    return {**form.values, **{name: _as_sent(data, name) for name, [data] in form.files.items()}}
 
 
-def _as_sent(data: bytes) -> bytes | str:
-    """A picture's file, or JSON text that says where the picture is: no picture begins as that does."""
-    return data.decode(errors="replace") if data.startswith(b"{") else data
+def _as_sent(data: bytes, name: str) -> bytes | dict[str, Any]:
+    """A picture's file, or JSON that says where the picture is: no picture begins as that does."""
+    return parse_object(data.decode(errors="replace"), name) if data.startswith(b"{") else data
+
+
+async def _picture(sent: bytes | dict[str, Any] | None, context: Context) -> bytes | None:
+    """What the video begins with. Raises `RequestError`, also for a file that is broken: else its job would fail."""
+    if sent is None:
+        return None
+    fetched = await fetch_json(context.fetcher, (sent,), _REFERENCE)
+    async with context.decoding:
+        return await asyncio.to_thread(_decodable, sent, fetched, context.limits)
+
+
+def _decodable(sent: bytes | dict[str, Any], fetched: Fetched, limits: Limits) -> bytes:
+    picture = referenced(sent, _REFERENCE, fetched) if isinstance(sent, dict) else sent
+    check_picture(picture, _REFERENCE, limits)
+    load_picture(picture, _REFERENCE)
+    return picture
 
 
 async def _job(id: str, runner: VideoRunner) -> Job:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from darkroom.configs import ConfigError, ServeConfig
+from darkroom.configs import CheckConfig, ConfigError, ServeConfig
 from darkroom.configs.operations import OperationsConfig
+from darkroom.server.keys import Keys
 
 
 def error(*arguments: str) -> str:
@@ -66,3 +68,26 @@ def test_keys_and_passwords_are_not_shown() -> None:
 def test_lists_may_be_given_one_by_one_or_with_commas() -> None:
     config = ServeConfig.parse(["demo", "--api-key", "a", "--api-key", "b,c"])
     assert [key.get_secret_value() for key in config.api_key] == ["a", "b", "c"]
+
+
+def test_secrets_may_come_from_the_environment_under_flags_and_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def keys(*arguments: str) -> list[str]:
+        return [key.get_secret_value() for key in ServeConfig.parse(["demo", *arguments]).api_key]
+
+    (file := tmp_path / "a.yaml").write_text("api_key: from-the-file\n")
+    monkeypatch.setenv("DARKROOM_API_KEY", "sk,secret")
+    monkeypatch.setenv("DARKROOM_DATABASE_URL", "postgresql://me:word@host/x")
+    monkeypatch.setenv("DARKROOM_SSL_KEYFILE_PASSWORD", "word")
+    monkeypatch.setenv("DARKROOM_PORT", "1")
+    assert keys("--ssl-certfile", "x") == ["sk,secret"]
+    config = ServeConfig.parse(["demo", "--ssl-certfile", "x"])
+    assert (config.database_url, config.port) == ("postgresql://me:word@host/x", 8000)  # a port is no secret
+    assert config.ssl_keyfile_password and config.ssl_keyfile_password.get_secret_value() == "word"
+    assert keys("--ssl-certfile", "x", "--config", str(file)) == ["from-the-file"]
+    assert keys("--ssl-certfile", "x", "--config", str(file), "--api-key", "flag") == ["flag"]
+    CheckConfig.parse(["demo"])  # has no such flags
+    monkeypatch.setenv("DARKROOM_API_KEY", "")
+    with pytest.raises(ConfigError, match="DARKROOM_API_KEY: a key is printable ASCII without spaces, and not empty"):
+        Keys.read(ServeConfig.parse(["demo", "--ssl-certfile", "x"]))

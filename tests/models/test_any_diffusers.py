@@ -112,9 +112,8 @@ def test_a_picture_is_edited(folders: dict[str, Path]) -> None:
     assert edited is not None and torch.equal(edited, run_stock(stock, EDIT, "pt"))
 
 
-def test_a_picture_is_edited_on_ranks(folders: dict[str, Path], whole_matrix: bool) -> None:
-    if not whole_matrix:
-        pytest.skip("in the whole matrix only: --matrix")
+@pytest.mark.matrix
+def test_a_picture_is_edited_on_ranks(folders: dict[str, Path]) -> None:
     with worker(folders["flux2_klein"], ParallelConfig()) as one:
         wanted = generate(one, [EDIT])
     for cell in ({"cfg": 2, "vae-pp": 2}, {"usp": 2}):
@@ -199,12 +198,15 @@ def expected(folders: dict[str, Path]) -> Expected:
     return one_process(folders, KINDS)
 
 
-@pytest.mark.parametrize(("name", "size"), [(name, size) for name, sizes in LAYOUTS.items() for size in sizes])
-def test_every_layout_is_one_process(
-    name: str, size: int, folders: dict[str, Path], expected: Expected, whole_matrix: bool
-) -> None:
-    if not whole_matrix and (name, size) not in (("aura_flow", 2),):
-        pytest.skip("in the whole matrix only: --matrix")
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=() if name == "aura_flow" else pytest.mark.matrix)
+        for name, sizes in LAYOUTS.items()
+        for size in sizes
+    ],
+)
+def test_every_layout_is_one_process(name: str, size: int, folders: dict[str, Path], expected: Expected) -> None:
     cells = LAYOUTS[name][size]
     worst = differences(run_ranks(run_cells, size, {name: folders[name]}, cells, nullcontext, KINDS), expected)
     assert len(worst) >= size * len(cells) * 3
@@ -249,30 +251,22 @@ def rows_are_swapped() -> Iterator[None]:
 
 
 GUIDED = {"interleaved", "batched"}
+EVERY = {*GUIDED, "one branch"}
 
 
 @pytest.mark.parametrize(
     ("name", "fault", "cell", "kinds"),
     [
         ("aura_flow", rows_are_swapped, {"cfg": 2}, GUIDED),
-        ("flux", faults.ring_skips_a_hop, {"ring": 2}, {*GUIDED, "one branch"}),
-        pytest.param("flux", faults.parts_are_cut_as_one, {"tp": 2}, {*GUIDED, "one branch"}, marks=pytest.mark.matrix),
-        pytest.param(
-            "flux2_klein", faults.parts_are_cut_as_one, {"tp": 2}, {*GUIDED, "one branch"}, marks=pytest.mark.matrix
-        ),
-        pytest.param(
-            "flux2_klein",
-            faults.partial_sums_are_not_reduced,
-            {"tp": 2},
-            {*GUIDED, "one branch"},
-            marks=pytest.mark.matrix,
-        ),
-        pytest.param(
-            "flux2_klein",
-            faults.heads_come_back_in_another_order,
-            {"usp": 2},
-            {*GUIDED, "one branch"},
-            marks=pytest.mark.matrix,
+        ("flux", faults.ring_skips_a_hop, {"ring": 2}, EVERY),
+        *(
+            pytest.param(name, fault, cell, EVERY, marks=pytest.mark.matrix)
+            for name, fault, cell in (
+                ("flux", faults.parts_are_cut_as_one, {"tp": 2}),
+                ("flux2_klein", faults.parts_are_cut_as_one, {"tp": 2}),
+                ("flux2_klein", faults.partial_sums_are_not_reduced, {"tp": 2}),
+                ("flux2_klein", faults.heads_come_back_in_another_order, {"usp": 2}),
+            )
         ),
     ],
 )

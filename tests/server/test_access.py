@@ -5,7 +5,8 @@ import logging
 import httpx
 import pytest
 
-from .conftest import serving
+from .conftest import VIDEO_CAPABILITIES, serving
+from .engine import video, wait_until
 
 PATH = "/v1/images/generations"
 KEY = "sk-0123456789abcdef"
@@ -39,6 +40,22 @@ def test_a_request_is_one_line(engine, lines, stream):
     assert line["stages"]["denoise"] == 1.0 and line["seconds"] > 0
     for hidden in (KEY, "a secret", "hidden", "someone"):
         assert hidden not in str(line)
+
+
+def test_a_video_is_a_line_when_it_is_asked_for_and_one_when_it_is_made(engine, lines, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "darkroom.server.runner")
+    engine.script = video
+
+    def made() -> list[dict[str, object]]:
+        return [record.facts for record in caplog.records if record.message == "video"]
+
+    with serving(engine, capabilities=VIDEO_CAPABILITIES, folder=tmp_path) as server:
+        id = httpx.post(f"{server.url}/v1/videos", json={"prompt": "a secret", "num_frames": 1}).json()["id"]
+        assert wait_until(lambda: bool(made()), 10)
+    [line] = lines()
+    assert (line["video"], line["size"], line["steps"]) == (id, "128x96", 4)
+    assert made()[0]["video"] == id and made()[0]["seconds"] > 0
+    assert "a secret" not in str([line, made()])
 
 
 def test_prompts_only_if_asked_for(engine, lines):

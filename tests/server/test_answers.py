@@ -37,6 +37,21 @@ def test_the_sdk_gets_urls_that_can_be_fetched(sdk, server):
         assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "9")
 
 
+def test_a_part_of_a_picture(http):
+    url = http.post(PATH, json={"prompt": "x", "seed": 5, "response_format": "url"}).json()["data"][0]["url"]
+    whole = http.get(url)
+    assert (whole.headers["accept-ranges"], whole.headers["content-length"]) == ("bytes", "9")
+    part = http.get(url, headers={"range": "bytes=2-4", "if-range": whole.headers["etag"]})
+    assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"ctu", "bytes 2-4/9")
+    assert (part.headers["content-type"], part.headers["cache-control"]) == ("image/png", "private, max-age=3600")
+    assert http.get(url, headers={"range": "bytes=2-4", "if-range": '"other"'}).content == whole.content
+    head = http.head(url, headers={"range": "bytes=2-4"})
+    assert (head.status_code, head.headers["content-length"]) == (200, "9")
+    beyond = http.get(url, headers={"range": "bytes=9-"})
+    assert (beyond.status_code, beyond.headers["content-range"]) == (416, "bytes */9")
+    assert set(beyond.json()["error"]) == {"message", "type", "param", "code"}
+
+
 @pytest.mark.parametrize(("path", "data"), [(EDITS, {"prompt": "x"}), (VARIATIONS, {})])
 def test_edits_and_variations_too(over, path, data):
     response = over.post(path, data={**data, "response_format": "url"}, files={"image": PICTURE})

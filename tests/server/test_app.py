@@ -84,6 +84,22 @@ def test_pages_of_named_origins_may_ask_and_read_refusals_too(engine, origins):
         assert all(answer.headers["x-request-id"] for answer in (preflight, other))
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [({"origin": "https://evil.example"}, "origin"), ({"access-control-request-method": "PUT"}, "method")],
+)
+def test_refused_preflights_have_an_id_and_the_error_object(engine, asked, words):
+    with serving(engine, cors_origin=["https://a.example"], api_key=["sk-1"]) as server:
+        headers = {"origin": "https://a.example", "access-control-request-method": "POST", **asked}
+        refused = httpx.options(f"{server.url}/v1/images/generations", headers=headers)
+        assert refused.status_code == 400
+        assert refused.headers["x-request-id"].startswith("req_") and "Origin" in refused.headers["vary"]
+        allowed = refused.headers.get("access-control-allow-origin")
+        assert allowed == (None if words == "origin" else "https://a.example")
+        error = refused.json()["error"]
+        assert (error["message"], error["type"]) == (f"Disallowed CORS {words}.", "invalid_request_error")
+
+
 def test_what_is_off_is_not_imported():
     code = "import sys, darkroom.server.app; print('opentelemetry.sdk' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"

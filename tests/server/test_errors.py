@@ -15,7 +15,16 @@ from .engine import failing, finished
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/image/generations", "/v1/images/generations/", "/v1/chat/completions"]
+    "path",
+    [
+        "/",
+        "/v1",
+        "/v1/image/generations",
+        "/v1/images/generations/",
+        "/v1/chat/completions",
+        "/v1/files",
+        "/v1/batches",
+    ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 def test_unknown_routes_are_404(http, method, path):

@@ -3,10 +3,13 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from darkroom.configs.errors import ConfigError
@@ -62,6 +65,7 @@ def test_a_job_is_read_as_it_was_written(url):
         crashes=2,
         size=2**40,
         status="failed",
+        idempotency_key="k",
     )
 
     async def test(jobs: JobStore) -> None:
@@ -76,6 +80,43 @@ def test_a_job_is_read_as_it_was_written(url):
             assert await jobs.get(unknown) is None
 
     using(url, read)
+
+
+def test_no_two_jobs_have_the_same_key(url):
+    first, second = job(idempotency_key="k"), job(idempotency_key="k")
+
+    async def test(jobs: JobStore) -> None:
+        assert sum(await asyncio.gather(*(jobs.add(one) for one in (first, second)))) == 1
+        kept = await jobs.asked_by("k")
+        assert kept in (first, second) and await jobs.asked_by("l") is None
+        assert await jobs.add(job()) and await jobs.add(job())
+        with pytest.raises(sa.exc.IntegrityError):
+            await jobs.add(replace(kept, idempotency_key=None))
+        assert await jobs.delete(kept.id) and await jobs.asked_by("k") is None
+
+    using(url, test)
+
+
+def test_the_tables_of_the_first_version_are_brought_up_to_date(url):
+    old = job(claim="c")
+
+    async def downgraded(jobs: JobStore) -> None:
+        await jobs.add(old)
+        async with jobs._engine.execution_options(isolation_level="SERIALIZABLE").begin() as connection:
+            await connection.run_sync(_downgrade)
+
+    async def read(jobs: JobStore) -> None:
+        assert await jobs.get(old.id) == old
+
+    using(url, downgraded)
+    using(url, read)
+
+
+def _downgrade(connection: sa.Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parents[2] / "darkroom" / "server" / "migrations"))
+    config.attributes["connection"] = connection
+    command.downgrade(config, "0001")
 
 
 def test_a_picture_is_kept_apart():

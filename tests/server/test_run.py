@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -501,6 +502,18 @@ def test_a_killed_server_makes_its_videos_when_it_is_back(tmp_path: Path) -> Non
     with serve(*flags) as server, server.client:
         assert server.client.videos.poll(made.id, poll_interval_ms=100).status == "completed"
         assert server.client.videos.download_content(made.id).content[4:8] == b"ftyp"
+
+
+def test_sigterm_lets_the_video_end_that_is_being_made(tmp_path: Path) -> None:
+    flags = ("--data-dir", str(tmp_path / "data"), "--drain-timeout", "120")
+    with serve(str(video_demo(tmp_path)), *flags) as server, server.client:
+        ids = [server.client.videos.create(prompt=PROMPT, extra_body={"num_inference_steps": 60}).id for _ in range(2)]
+        assert wait_until(lambda: server.client.videos.retrieve(ids[0]).status == "in_progress")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(120) == 0
+    with closing(sqlite3.connect(tmp_path / "data" / "videos.sqlite")) as database:
+        found = database.execute("SELECT id, status FROM video_jobs ORDER BY id").fetchall()
+    assert found == [(ids[0], "completed"), (ids[1], "queued")]
 
 
 def test_a_folder_for_videos_that_cannot_be_had_is_named(tmp_path: Path) -> None:

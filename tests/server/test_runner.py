@@ -75,6 +75,37 @@ def test_a_stopped_server_leaves_its_work_to_the_next(tmp_path):
         assert server.engine.requests == []
 
 
+def test_a_server_that_drains_ends_what_it_has_begun_and_takes_nothing_new(tmp_path):
+    with running(tmp_path, _waits_for(tmp_path / "go")) as (http, server):
+        ids = [create(http) for _ in range(3)]
+        assert wait_until(lambda: len(server.engine.requests) == 2)
+        drain = server.uvicorn.config.app.state.context.drain
+        draining = asyncio.run_coroutine_threadsafe(drain.finish(60), server.loop)
+        assert wait_until(lambda: drain.is_on)
+        refused = http.post(PATH, json={"prompt": "x"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+        assert not draining.done() and [status(http, id) for id in ids[:2]] == ["in_progress"] * 2
+        (tmp_path / "go").touch()
+        draining.result(30)
+        assert [status(http, id) for id in ids] == ["completed", "completed", "queued"]
+        assert len(server.engine.requests) == 2
+    with running(tmp_path) as (http, server):
+        assert wait_until(lambda: status(http, ids[2]) == "completed", 10)
+        assert len(server.engine.requests) == 1
+
+
+def test_what_does_not_end_in_time_is_parked(tmp_path):
+    with running(tmp_path, slow) as (http, server):
+        id = create(http)
+        assert wait_until(lambda: len(server.engine.requests) == 1)
+        drain = server.uvicorn.config.app.state.context.drain
+        started = time.monotonic()
+        asyncio.run_coroutine_threadsafe(drain.finish(0.3), server.loop).result(30)
+        assert 0.25 < time.monotonic() - started < 5
+    with running(tmp_path) as (http, _):
+        assert wait_until(lambda: status(http, id) == "completed", 10)
+
+
 def test_progress_does_not_fall_when_it_begins_again(tmp_path):
     def far(message):
         yield Progress(id=message.id, step=3, num_steps=4, seconds=0.1, batch_size=1)
