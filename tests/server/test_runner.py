@@ -169,11 +169,12 @@ def test_nothing_is_lost_when_the_server_is_killed_at_any_moment(tmp_path, whole
     with process(tmp_path):
         keep_account(tmp_path)
     with ThreadPoolExecutor(1) as pool:
-        while len(accepted) < jobs or not set(accepted) <= was_done:
+        while len(accepted) < jobs or not set(accepted) <= was_done or kills <= moments or not interrupted:
             assert time.monotonic() < deadline, f"{len(was_done)} of {len(accepted)} are done after {kills} kills"
             with process(tmp_path) as http:
-                submitting = pool.submit(submit_some, http, accepted, min(10, jobs - len(accepted)))
-                time.sleep(chance.uniform(0.0, 0.6) if kills < moments else 3.0)
+                count = max(min(10, jobs - len(accepted)), 0 if interrupted else 3)
+                submitting = pool.submit(submit_some, http, accepted, count)
+                time.sleep(chance.uniform(0.0, 0.6) if kills < moments or not interrupted else 3.0)
                 listed = http.get(PATH, params={"limit": 100}).json()["data"]
             submitting.result()
             kills += 1
@@ -188,7 +189,6 @@ def test_nothing_is_lost_when_the_server_is_killed_at_any_moment(tmp_path, whole
     rows = sql(tmp_path, "SELECT id, claim FROM video_jobs WHERE status = 'completed'")
     assert set(accepted) <= {id for id, _ in rows}
     assert sorted(sql(tmp_path, "SELECT id, claim FROM completions")) == sorted(rows)
-    assert kills > moments and interrupted
     print(f"{len(accepted)} jobs accepted, {kills} kills, {interrupted} jobs interrupted by them, none lost")
 
 

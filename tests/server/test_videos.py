@@ -545,7 +545,7 @@ URLS = (
         ({"input_reference": "/etc/passwd"}, "input_reference", TYPE),
         *(({"input_reference": {"image_url": url}}, "input_reference", INVALID) for url in URLS),
         ({"input_reference": {"file_id": "file_1"}}, "input_reference", None),
-        ({"input_reference": {}}, "input_reference", INVALID),
+        ({"input_reference": {}}, "input_reference", "missing_required_parameter"),
         ({"input_reference": []}, "input_reference", TYPE),
         ({"extra_body": 5}, "extra_body", TYPE),
         ({"video_params": [1]}, "video_params", TYPE),
