@@ -59,7 +59,9 @@ class EngineClient:
         await self._send(Ping())
         try:
             while True:
-                self._receive(decode_outbound(await self._socket.recv()))
+                frame = await self._socket.recv(copy=False)  # a picture is copied once: when it is decoded
+                self._receive(decode_outbound(frame.buffer))
+                await asyncio.sleep(0)  # what has come already is given at once: others have their turn between
         except Exception as e:
             logger.exception("cannot go on listening to the engine")
             self.fail_all(EngineError("internal", repr(e)))
