@@ -33,6 +33,8 @@ from .video_request import Remix, VideoRequest
 
 router = APIRouter()
 
+_JSON_LIMIT = 32 * 1024 * 1024
+"""Bytes of a JSON body, which may hold a picture of 20 MiB as a data: URL."""
 _REFERENCE = "input_reference"
 _PAGE = 20
 _MAX_PAGE = 100
@@ -232,7 +234,7 @@ async def _read(http: HttpRequest, limits: Limits) -> tuple[dict[str, Any], bool
     """The body, and whether it is a form's."""
     match media_type(http):
         case "application/json":
-            return await read_json(http, limits.max_upload_mb << 20), False
+            return await read_json(http, min(_JSON_LIMIT, limits.max_upload_mb << 20)), False
         case "multipart/form-data":
             return _once(await read_form(http, (_REFERENCE,), limits)), True
         case _:

@@ -139,7 +139,7 @@ def submit_some(http: httpx.Client, accepted: list[str], count: int) -> None:
     for _ in range(count):
         try:
             response = http.post(PATH, json={"prompt": "x", "num_frames": 1, "size": "64x64", "steps": 20})
-        except httpx.TransportError:
+        except (httpx.TransportError, RuntimeError):  # the server is gone, or the client closed after it
             return
         accepted.append(response.json()["id"])
 

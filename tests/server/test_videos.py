@@ -629,7 +629,10 @@ def test_the_operators_limits_are_of_this_picture_too(tmp_path):
     with (
         ScriptedEngine() as engine,
         serving(
-            engine, capabilities=VIDEO_CAPABILITIES, folder=tmp_path, limits=Limits(max_image_pixels=64 * 47)
+            engine,
+            capabilities=VIDEO_CAPABILITIES,
+            folder=tmp_path,
+            limits=Limits(max_image_pixels=64 * 47, max_upload_mb=1),
         ) as server,
         httpx.Client(base_url=server.url) as http,
     ):
@@ -637,6 +640,8 @@ def test_the_operators_limits_are_of_this_picture_too(tmp_path):
             http.post(PATH, data={"prompt": "x"}, files={"input_reference": picture()}), 400, "input_reference"
         )
         assert "3008" in message
+        for body in ({"json": {"prompt": "x" * (1 << 20)}}, {"data": {"prompt": "x"}, "files": {"a": bytes(1 << 20)}}):
+            refused(http.post(PATH, **body), 413, code="request_too_large")
 
 
 def test_content_types(http):
