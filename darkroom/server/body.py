@@ -109,6 +109,7 @@ def _request_error(error: ErrorDetails, model: type[BaseModel]) -> RequestError:
     else:
         message = re.sub(r"^(Input|String)", f"'{param}'", error["msg"])
         message += f", not {_JSON_TYPES[type(value)]}." if wrong_type else "."
-    is_fraction = isinstance(value, float)  # for whose bounds there are no codes
-    code = "invalid_type" if wrong_type else "invalid_value" if is_fraction else _CODES.get(kind, "invalid_value")
+    code = "invalid_type" if wrong_type else _CODES.get(kind, "invalid_value")
+    if code.startswith("integer") and isinstance(value, float):
+        code = "invalid_value"
     return RequestError(message, param=param, code=code)

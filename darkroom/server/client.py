@@ -24,7 +24,7 @@ from darkroom.engine.messages import (
     Progress,
     Status,
     decode_outbound,
-    encode,
+    to_frames,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class EngineClient:
         queue = self._waiters[id] = asyncio.Queue()
         try:
             await self._send(Generate(id=id, request=request))
+            del request  # and with it its pictures, which are the engine's now
             while not ended:
                 event = await queue.get()
                 ended = isinstance(event, Finished | Failed | EngineError)
@@ -139,7 +140,8 @@ class EngineClient:
 
     async def _send(self, message: Inbound) -> None:
         if not self._socket.closed:  # as for a request that is cancelled while the server stops
-            await self._socket.send(encode(message))
+            frames = to_frames(message)
+            await self._socket.send_multipart(frames, copy=len(frames) == 1)
 
 
 async def interleave(

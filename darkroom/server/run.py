@@ -120,9 +120,8 @@ async def _run(
 
 
 async def _settle() -> None:
-    """Do now what would block the event loop for tens of milliseconds later: Pillow and anyio load parts of theirs at the
-    first picture and the first file, and the collector would look through all that the start has made, again and again.
-    """
+    """Do now what would block the event loop for tens of milliseconds later: Pillow and anyio load parts of themselves
+    at the first picture and file, and the collector would look through all that the start has made, again and again."""
     await run_in_threadpool(Image.init)
     gc.collect()
     gc.freeze()
