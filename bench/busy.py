@@ -42,8 +42,10 @@ from .tables import Row, p99, print_table, verdict
 from .wire import in_own_process, in_turn, wire
 
 GENERATIONS, EDITS, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/videos"
-FULL = 5
-"""Pictures that a server with `--max-queue 1` has: four take turns, and one waits."""
+PLACES = 4
+"""How many pictures take turns."""
+FULL = (PLACES, 1)
+"""How many run and wait on a server with `--max-queue 1`."""
 LONG = {"prompt": "x", "size": "512x512", "num_inference_steps": 200}
 """A picture that is drawn for longer than anything is measured."""
 
@@ -205,9 +207,9 @@ def refusal_rows(server: Server, connections: int = 8, duration: float = 5.0) ->
     """All places are taken, and the one in the queue too."""
     rows: list[Row] = []
     with ExitStack() as held, httpx.Client(base_url=server.url, timeout=30) as client:
-        for number in range(1, FULL + 1):
+        for load in (*((running, 0) for running in range(1, PLACES + 1)), FULL):
             held.enter_context(_asked_for(server.url))
-            _wait(lambda number=number: sum(_load(client)) == number)
+            _wait(lambda load=load: _load(client) == load)
         _wait(lambda: _step_seconds(client) > 0)
         for what, body, status in (("400s", {**LONG, "n": 0}, b"400"), ("429s of a full queue", LONG, b"429")):
             request = wire("POST", GENERATIONS, body)
@@ -217,7 +219,7 @@ def refusal_rows(server: Server, connections: int = 8, duration: float = 5.0) ->
                 (f"{what} per second, {connections} connections", f"{rate:.0f}", verdict(">= 500", rate >= 500)),
                 (f"{what}: p99 and slowest", f"{1000 * p99(seconds):.1f} and {slowest:.1f} ms", ""),
             ]
-        if sum(_load(client)) != FULL:
+        if _load(client) != FULL:
             raise RuntimeError("a picture was finished before the measurement")
         step = 1000 * _step_seconds(client)
     return [("a step of the pictures that are drawn meanwhile", f"{step:.0f} ms", ""), *rows]
