@@ -15,20 +15,16 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import io
-import json
-import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -36,6 +32,7 @@ from PIL import Image
 
 from .processes import Server
 from .tables import Row, median, p99, print_table, verdict
+from .wire import in_bursts, in_own_process, in_turn, wire
 
 T = TypeVar("T")
 
@@ -173,7 +170,7 @@ def _check_equal(answer: Any, stock: Image.Image) -> None:
 
 def concurrent_rows(server: Server, connections: int = 100, bursts: int = 20) -> list[Row]:
     with drawing(server):
-        seconds = _in_own_process(_bursts, server.url, _wire("GET", "/v1/models"), connections, bursts)
+        seconds = in_own_process(in_bursts, server.url, wire("GET", "/v1/models"), connections, bursts)
     worst = 1000 * median([p99(burst) for burst in seconds])
     everything = list(chain.from_iterable(seconds))
     what = f"{connections} concurrent GET /v1/models while drawing"
@@ -186,13 +183,13 @@ def concurrent_rows(server: Server, connections: int = 100, bursts: int = 20) ->
 
 def faulty_rows(server: Server) -> list[Row]:
     with drawing(server):
-        return _refused(server, "400s", _wire("POST", "/v1/images/generations", FAULTY), b"400")
+        return _refused(server, "400s", wire("POST", "/v1/images/generations", FAULTY), b"400")
 
 
 def guarded_rows(server: Server) -> list[Row]:
     """The only picture of the hour is long, and is being drawn while the others are refused."""
-    wrong = _wire("POST", "/v1/images/generations", PICTURE, f"Authorization: Bearer {KEY}x")
-    again = _wire("POST", "/v1/images/generations", PICTURE, f"Authorization: Bearer {KEY}")
+    wrong = wire("POST", "/v1/images/generations", PICTURE, f"Authorization: Bearer {KEY}x")
+    again = wire("POST", "/v1/images/generations", PICTURE, f"Authorization: Bearer {KEY}")
     drawn = {**PICTURE, "size": "512x512", "num_inference_steps": 200}
     headers = {"Authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=0.5, headers=headers) as client:
@@ -219,7 +216,7 @@ def _hold(url: str, body: Any, headers: dict[str, str], stop: threading.Event) -
 
 def _refused(server: Server, what: str, request: bytes, status: bytes, connections: int = 8) -> list[Row]:
     duration = 5.0
-    seconds = _in_own_process(_in_turn, server.url, request, connections, duration, status)
+    seconds = in_own_process(in_turn, server.url, request, connections, duration, status)
     rate, what = len(seconds) / duration, f"{what} on {connections} connections while drawing"
     return [
         (f"{what}, per second", f"{rate:.0f}", verdict(">= 500", rate >= 500)),
@@ -251,71 +248,6 @@ def drawing(server: Server) -> Iterator[None]:
         thread.join()
     if failures:
         raise failures[0]
-
-
-def _wire(method: str, path: str, body: Any = None, *headers: str) -> bytes:
-    """A request as it goes over the socket."""
-    data = b"" if body is None else json.dumps(body).encode()
-    lines = [f"{method} {path} HTTP/1.1", "Host: bench", "Content-Type: application/json", *headers]
-    head = "\r\n".join([*lines, f"Content-Length: {len(data)}"])
-    return head.encode() + b"\r\n\r\n" + data
-
-
-def _in_own_process(function: Callable[..., T], *args: Any) -> T:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result(timeout=60)
-
-
-def _bursts(url: str, request: bytes, connections: int, bursts: int) -> list[list[float]]:
-    """All connections ask at once; a pause; again. -> seconds, by burst"""
-
-    async def run() -> list[list[float]]:
-        open_ones = [await _connect(url) for _ in range(connections)]
-        await asyncio.gather(*(_ask(one, request) for one in open_ones))
-        seconds = []
-        for _ in range(bursts):
-            await asyncio.sleep(0.2)
-            seconds.append(await asyncio.gather(*(_ask(one, request) for one in open_ones)))
-        return seconds
-
-    return asyncio.run(run())
-
-
-def _in_turn(url: str, request: bytes, connections: int, duration: float, status: bytes) -> list[float]:
-    """Every connection asks again as soon as it is answered."""
-
-    async def one(deadline: float) -> list[float]:
-        connection, seconds = await _connect(url), []
-        while time.perf_counter() < deadline:
-            seconds.append(await _ask(connection, request, status))
-        return seconds
-
-    async def run() -> list[float]:
-        deadline = time.perf_counter() + duration
-        return list(chain.from_iterable(await asyncio.gather(*(one(deadline) for _ in range(connections)))))
-
-    return asyncio.run(run())
-
-
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-async def _connect(url: str) -> Connection:
-    parts = urlsplit(url)
-    return await asyncio.open_connection(parts.hostname, parts.port)
-
-
-async def _ask(connection: Connection, request: bytes, status: bytes = b"200") -> float:
-    """-> seconds until the answer is here, whole."""
-    reader, writer = connection
-    start = time.perf_counter()
-    writer.write(request)
-    head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    length = int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-    await reader.readexactly(length)
-    if head.split(b" ", 2)[1] != status:
-        raise RuntimeError(f"expected {status.decode()}: {head.decode()}")
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

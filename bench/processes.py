@@ -60,6 +60,8 @@ class Server:
             self.process.wait()
         for process in psutil.wait_procs(tree, 5)[1]:
             process.kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def __enter__(self) -> Server:
         return self

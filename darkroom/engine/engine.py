@@ -29,8 +29,8 @@ from .messages import (
     Outbound,
     Ping,
     Status,
-    decode_inbound,
     encode,
+    from_frames,
 )
 from .scheduler import Scheduler
 from .workers import CommandFailed, LoadFailed, WorkerGroup, WorkersLost, ignore_signals
@@ -88,9 +88,9 @@ class Engine:
 
     def _receive(self) -> None:
         while self.socket.poll(0):
-            peer, data = self.socket.recv_multipart()
+            peer, *frames = self.socket.recv_multipart()
             try:
-                message: Inbound = decode_inbound(data)
+                message = from_frames(frames)
             except msgspec.DecodeError as e:
                 logger.error("a message that is none: %s", e)
                 continue

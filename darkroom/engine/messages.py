@@ -5,6 +5,7 @@ Every request that was accepted ends in exactly one of `Finished`, `Failed`, or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -180,3 +181,25 @@ decode_inbound = msgspec.msgpack.Decoder(Inbound).decode
 decode_outbound = msgspec.msgpack.Decoder(Outbound).decode
 decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
+
+
+def to_frames(message: Inbound) -> list[bytes]:
+    """The message, and beside it the pictures that it brings: tens of megabytes, which so need not be copied."""
+    if not isinstance(message, Generate) or not message.request.images:
+        return [encode(message)]
+    request = message.request
+    masks = () if request.mask is None else (request.mask,)
+    bare = msgspec.structs.replace(request, images=(), mask=b"" if masks else None)
+    return [encode(msgspec.structs.replace(message, request=bare)), *request.images, *masks]
+
+
+def from_frames(frames: Sequence[bytes]) -> Inbound:
+    """Raises msgspec.DecodeError."""
+    message: Inbound = decode_inbound(frames[0])
+    if len(frames) == 1 or not isinstance(message, Generate):
+        return message
+    has_mask = message.request.mask is not None
+    images, mask = (frames[1:-1], frames[-1]) if has_mask else (frames[1:], None)
+    return msgspec.structs.replace(
+        message, request=msgspec.structs.replace(message.request, images=tuple(images), mask=mask)
+    )

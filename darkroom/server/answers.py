@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from binascii import b2a_base64
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from darkroom.engine.messages import Finished, Preview, Progress
 
@@ -22,14 +23,14 @@ from .errors import ApiError
 from .fields import Quality
 from .files import FileStore
 from .ranges import Part
-from .sse import encode_event
+from .sse import Pieces, send_pieces
 
 router = APIRouter()
 
 Events = AsyncGenerator[tuple[int, Progress | Preview | Finished], None]
 
 _BASE64_PIECE = 384 * 1024
-"""Bytes that are encoded at a time, so that a large picture does not keep the event loop from its turn."""
+"""Bytes that are encoded and sent at a time, so that no picture keeps the event loop from its turn. Divisible by 3."""
 _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?", re.ASCII)
 
 
@@ -117,53 +118,73 @@ async def answer(events: Events, look: Look, shelf: Shelf | None) -> Response:
     async with aclosing(events):
         finished = {index: event async for index, event in events if isinstance(event, Finished)}
     pictures = [finished[index] for index in sorted(finished)]
+    files = [(file, picture.seed) for picture in pictures for file in picture.files]
     content = {
         "created": int(time.time()),
-        "data": [await _image(file, picture.seed, look, shelf) for picture in pictures for file in picture.files],
         "usage": Usage.of(sum(picture.image_tokens for picture in pictures), pictures[0]),
         **vars(look),
     }
-    return Response(msgspec.json.encode(content), media_type="application/json")
+    if shelf:
+        content["data"] = [{"url": await shelf.put(file, look), "seed": seed} for file, seed in files]
+        return Response(msgspec.json.encode(content), media_type="application/json")
+    return _Pictures(content, [_Object({"seed": seed}, file) for file, seed in files])
 
 
-async def stream(events: Events, look: Look, name: str) -> AsyncGenerator[bytes, None]:
+async def stream(events: Events, look: Look, name: str) -> AsyncGenerator[Pieces, None]:
     """Server-sent events `name.partial_image` and `name.completed`, whose usages add up to the whole answer's."""
     counted = False
     async with aclosing(events):
         async for index, event in events:
             if isinstance(event, Progress):
-                yield b""
+                yield ()
                 continue
             if isinstance(event, Preview):
                 place = {"partial_image_index": event.index, "image_index": index}
-                yield encode_event(f"{name}.partial_image", await _picture(event.image, look) | place)
+                yield _event(f"{name}.partial_image", event.image, look, place)
                 continue
             for number, file in enumerate(event.files):
                 usage = Usage.of(0 if number else event.image_tokens, None if counted else event)
                 counted = True
                 ended = {"usage": usage, "image_index": index, "seed": event.seed}
-                yield encode_event(f"{name}.completed", await _picture(file, look) | ended)
+                yield _event(f"{name}.completed", file, look, ended)
 
 
-async def _image(file: bytes, seed: int, look: Look, shelf: Shelf | None) -> dict[str, object]:
-    if shelf:
-        return {"url": await shelf.put(file, look), "seed": seed}
-    return {"b64_json": await _base64(file), "seed": seed}
+class _Object:
+    """A JSON object with a picture as its last member, in pieces."""
+
+    def __init__(self, members: Mapping[str, object], picture: bytes) -> None:
+        self._head = msgspec.json.encode(members)[:-1] + b',"b64_json":"'
+        self._picture = memoryview(picture)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._head
+        for start in range(0, len(self._picture), _BASE64_PIECE):
+            yield b2a_base64(self._picture[start : start + _BASE64_PIECE], newline=False)
+        yield b'"}'
+
+    def __len__(self) -> int:
+        """In bytes."""
+        return len(self._head) + 4 * -(-len(self._picture) // 3) + 2
 
 
-async def _picture(file: bytes, look: Look) -> dict[str, object]:
-    return {"b64_json": await _base64(file), "created_at": int(time.time()), **vars(look)}
+class _Pictures(Response):
+    """A JSON object whose `data` are pictures. They are encoded as they are sent: it is never in memory as a whole."""
+
+    def __init__(self, content: Mapping[str, object], data: Sequence[_Object]) -> None:
+        head, tail = msgspec.json.encode(content)[:-1] + b',"data":[', b"]}"
+        self._pieces = chain((head,), *(chain((b",",) if i else (), item) for i, item in enumerate(data)), (tail,))
+        length = len(head) + sum(map(len, data)) + len(data) - 1 + len(tail)
+        super().__init__(None, headers={"content-length": str(length)}, media_type="application/json")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send_pieces(self._pieces, send)
+        await send({"type": "http.response.body", "body": b""})
 
 
-async def _base64(image: bytes) -> msgspec.Raw:
-    """A JSON string, encoded already."""
-    return await asyncio.to_thread(_encode, image) if len(image) > _BASE64_PIECE else _encode(image)
-
-
-def _encode(image: bytes) -> msgspec.Raw:
-    starts = range(0, len(image), _BASE64_PIECE)
-    pieces = [b2a_base64(image[i : i + _BASE64_PIECE], newline=False) for i in starts]
-    return msgspec.Raw(b"".join([b'"', *pieces, b'"']))
+def _event(name: str, picture: bytes, look: Look, members: Mapping[str, object]) -> Pieces:
+    content = _Object({"type": name, "created_at": int(time.time()), **vars(look), **members}, picture)
+    return chain((b"event: %b\ndata: " % name.encode(),), content, (b"\n\n",))
 
 
 def _root(request: Request) -> str:

@@ -110,4 +110,6 @@ def _request_error(error: ErrorDetails, model: type[BaseModel]) -> RequestError:
         message = re.sub(r"^(Input|String)", f"'{param}'", error["msg"])
         message += f", not {_JSON_TYPES[type(value)]}." if wrong_type else "."
     code = "invalid_type" if wrong_type else _CODES.get(kind, "invalid_value")
+    if code.startswith("integer") and isinstance(value, float):
+        code = "invalid_value"
     return RequestError(message, param=param, code=code)

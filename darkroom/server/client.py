@@ -24,7 +24,7 @@ from darkroom.engine.messages import (
     Progress,
     Status,
     decode_outbound,
-    encode,
+    to_frames,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,9 @@ class EngineClient:
         await self._send(Ping())
         try:
             while True:
-                self._receive(decode_outbound(await self._socket.recv()))
+                frame = await self._socket.recv(copy=False)  # a picture is copied once: when it is decoded
+                self._receive(decode_outbound(frame.buffer))
+                await asyncio.sleep(0)  # what has come already is given at once: others have their turn between
         except Exception as e:
             logger.exception("cannot go on listening to the engine")
             self.fail_all(EngineError("internal", repr(e)))
@@ -77,6 +79,7 @@ class EngineClient:
         queue = self._waiters[id] = asyncio.Queue()
         try:
             await self._send(Generate(id=id, request=request))
+            del request  # and with it its pictures, which are the engine's now
             while not ended:
                 event = await queue.get()
                 ended = isinstance(event, Finished | Failed | EngineError)
@@ -137,7 +140,8 @@ class EngineClient:
 
     async def _send(self, message: Inbound) -> None:
         if not self._socket.closed:  # as for a request that is cancelled while the server stops
-            await self._socket.send(encode(message))
+            frames = to_frames(message)
+            await self._socket.send_multipart(frames, copy=len(frames) == 1)
 
 
 async def interleave(

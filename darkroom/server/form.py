@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -53,7 +54,7 @@ class _Reader:
         self._files = files
         self._limits = limits
         self._name = ""
-        self._part = bytearray()
+        self._part = io.BytesIO()
         try:
             # names are compared and never used otherwise, so that any bytes will do
             self._parser = PushMultipartParser(
@@ -84,7 +85,7 @@ class _Reader:
             raise ApiError(400, "The form ends before its last boundary.") from None
 
     def _begin(self, segment: MultipartSegment) -> None:
-        self._name, self._part = segment.name or "", bytearray()
+        self._name, self._part = segment.name or "", io.BytesIO()
         if not _NAME.fullmatch(self._name):
             raise RequestError(f"'{self._name[:80]}' is no name of a field.", param=self._name[:80] or None)
         encoding = segment.header("Content-Transfer-Encoding", "binary").lower()
@@ -93,18 +94,18 @@ class _Reader:
             raise RequestError(message, param=self._name[:80])
 
     def _add(self, data: bytes) -> None:
-        self._part += data
+        self._part.write(data)
         limit = self._limits.max_image_mb << 20 if self._is_file else self._limits.max_field_kb << 10
-        if len(self._part) > limit:
+        if self._part.tell() > limit:
             message = f"'{self._name[:80]}' is larger than {limit} bytes."
             raise ApiError(413, message, param=self._name[:80], code="request_too_large")
 
     def _end(self) -> None:
         if self._is_file:
-            self.form.files.setdefault(self._base, []).append(bytes(self._part))
+            self.form.files.setdefault(self._base, []).append(self._part.getvalue())  # which is no copy
             return
         try:
-            text = self._part.decode()
+            text = self._part.getvalue().decode()
         except UnicodeDecodeError:
             raise RequestError(f"'{self._name[:80]}' is not text in UTF-8.", param=self._name[:80]) from None
         keys = re.findall(r"\[([^\[\]]*)\]", self._name)

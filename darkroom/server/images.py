@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
+import msgspec
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
@@ -17,7 +18,15 @@ from .answers import Events, ImagesResponse, Look, Shelf, answer, stream
 from .body import disconnection, media_type, read_json, unsupported
 from .client import interleave
 from .context import Context, Shared
-from .fields import QUALITIES, EditRequest, GenerationRequest, ImageRequest, VariationRequest, background_of
+from .fields import (
+    QUALITIES,
+    EditRequest,
+    GenerationRequest,
+    ImageRequest,
+    StreamedRequest,
+    VariationRequest,
+    background_of,
+)
 from .form import read_form
 from .idempotency import idempotency_key, seeded
 from .models import check_model
@@ -38,7 +47,7 @@ _PICTURES = {"content": {"text/event-stream": {}}, "description": "The pictures,
 )
 async def create_image(http: HttpRequest, context: Shared) -> Response:
     asked = GenerationRequest.read(await read_json(http))
-    return await _draw(http, context, asked, Pictures(), "image_generation" if asked.stream else None)
+    return await _draw(http, context, asked, Pictures(), "image_generation")
 
 
 @router.post(
@@ -51,6 +60,10 @@ async def create_image(http: HttpRequest, context: Shared) -> Response:
     ),
 )
 async def edit_image(http: HttpRequest, context: Shared) -> Response:
+    return await _draw(http, context, *await _read_edit(http, context), "image_edit")
+
+
+async def _read_edit(http: HttpRequest, context: Context) -> tuple[EditRequest, Pictures]:
     match media_type(http):
         case "multipart/form-data":
             form = await read_form(http, FILES, context.limits)
@@ -67,7 +80,7 @@ async def edit_image(http: HttpRequest, context: Shared) -> Response:
             asked = asked.model_copy(update={"images": None, "mask": None})  # tens of megabytes, in base64
         case _:
             raise unsupported(http, "'multipart/form-data' or 'application/json'")
-    return await _draw(http, context, asked, pictures, "image_edit" if asked.stream else None)
+    return asked, pictures
 
 
 @router.post(
@@ -76,6 +89,10 @@ async def edit_image(http: HttpRequest, context: Shared) -> Response:
     openapi_extra=document.body(form=document.form_schema(VariationRequest, ("image",), required=("image",))),
 )
 async def create_variation(http: HttpRequest, context: Shared) -> Response:
+    return await _draw(http, context, *await _read_variation(http, context))
+
+
+async def _read_variation(http: HttpRequest, context: Context) -> tuple[VariationRequest, Pictures]:
     if media_type(http) != "multipart/form-data":
         raise unsupported(http, "'multipart/form-data'")
     form = await read_form(http, FILES, context.limits)
@@ -83,13 +100,16 @@ async def create_variation(http: HttpRequest, context: Shared) -> Response:
     if pictures.mask is not None:
         message = "Unknown parameter: 'mask'. POST /v1/images/edits takes one."
         raise RequestError(message, param="mask", code="unknown_parameter")
-    return await _draw(http, context, VariationRequest.read(form.values, is_form=True), pictures)
+    return VariationRequest.read(form.values, is_form=True), pictures
 
 
 async def _draw(
-    http: HttpRequest, context: Context, asked: ImageRequest, pictures: Pictures, events: str | None = None
+    http: HttpRequest, context: Context, asked: ImageRequest, pictures: Pictures, events: str = ""
 ) -> Response:
-    """`events` is their name, where they are asked for."""
+    """`events` is their name, should they be asked for.
+
+    Nothing here keeps the pictures that came with the request: once the engine has them, they are the engine's.
+    """
     check_model(asked.model, context)
     asked = seeded(asked, idempotency_key(http))
     first = (
@@ -97,15 +117,17 @@ async def _draw(
         if pictures.images
         else _resolve(asked, pictures, context)
     )
-    trail_of(http).asked = first
+    requests = [first.picture(i) for i in range(asked.n)]
+    trail_of(http).asked = first = msgspec.structs.replace(first, images=(), mask=None)
     look = Look(
         size=f"{first.width}x{first.height}",
         quality=QUALITIES[asked.quality] or "high",
         background=background_of(first),
         output_format=asked.output_format,
     )
-    made = _generate(http, context, [first.picture(i) for i in range(asked.n)])
-    if events:
+    made = _generate(http, context, requests)
+    del pictures, requests
+    if isinstance(asked, StreamedRequest) and asked.stream:
         return EventStream(stream(made, look, events))
     return await answer(made, look, Shelf(http, context.files) if asked.response_format == "url" else None)
 
@@ -117,6 +139,7 @@ def _resolve(asked: ImageRequest, pictures: Pictures, context: Context) -> Reque
 
 async def _generate(http: HttpRequest, context: Context, requests: list[Request]) -> Events:
     streams = [context.client.generate(request) for request in requests]
+    del requests
     async with aclosing(interleave(streams, lambda: disconnection(http))) as events:
         async for index, event in events:
             context.metrics.observe(event)

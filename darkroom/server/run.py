@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import ssl
@@ -14,6 +15,8 @@ from contextlib import asynccontextmanager
 from types import FrameType
 
 import uvicorn
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import EngineConfig, ServeConfig
@@ -108,11 +111,20 @@ async def _run(
             app.state.context.drain,
             config.drain_timeout,
         )
+        await _settle()
         following = asyncio.create_task(_follow(client, url, server))
         _when_ended(engine, lambda code: _engine_lost(client, server, code))
         await server.serve(sockets=[listener])
         following.cancel()
         return _exit_code(client)
+
+
+async def _settle() -> None:
+    """Do now what would block the event loop for tens of milliseconds later: Pillow and anyio load parts of themselves
+    at the first picture and file, and the collector would look through all that the start has made, again and again."""
+    await run_in_threadpool(Image.init)
+    gc.collect()
+    gc.freeze()
 
 
 class _Server(uvicorn.Server):

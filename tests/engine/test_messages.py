@@ -37,6 +37,8 @@ from darkroom.engine.messages import (
     decode_outbound,
     decode_reply,
     encode,
+    from_frames,
+    to_frames,
 )
 from tests.golden import request
 
@@ -99,3 +101,14 @@ def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
 
 def test_a_step_command_is_small() -> None:
     assert len(encode(Step(ids=("0" * 32,)))) < 100
+
+
+@pytest.mark.parametrize("images", [(), (b"a",), (b"a", b"b")])
+@pytest.mark.parametrize("mask", [None, b"mask"])
+def test_pictures_lie_beside_their_message(images: tuple[bytes, ...], mask: bytes | None) -> None:
+    request = msgspec.structs.replace(REQUEST, images=images, mask=mask if images else None)
+    message = Generate(id="a", request=request)
+    frames = to_frames(message)
+    assert frames[1:] == [*images, *([mask] if images and mask else [])]
+    assert all(any(frame is one for one in (*images, mask)) for frame in frames[1:])  # and are no copies
+    assert from_frames(frames) == message

@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import openai
 import pytest
 import uvicorn
 
+from bench import processes
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
 from darkroom.configs.operations import OperationsConfig
@@ -32,6 +34,7 @@ from darkroom.server.client import EngineClient
 from darkroom.server.runner import VideoOptions, VideoRunner, VideoStores, open_videos
 
 from .engine import ScriptedEngine, wait_until
+from .real import picture_model, video_model
 
 NAME = "darkroom/demo"
 CAPABILITIES = Capabilities(
@@ -300,3 +303,33 @@ def _answers(url: str) -> bool:
         return httpx.get(url).status_code == 200
     except httpx.TransportError:
         return False
+
+
+# ---- real servers --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def _real_servers(tmp_path_factory) -> Iterator[tuple[processes.Server, processes.Server]]:
+    """Of pictures and of videos. Both start at once: each loads torch."""
+    folder = tmp_path_factory.mktemp("real")
+    pictures, videos = picture_model(folder / "tiny-pictures"), video_model(folder / "tiny-videos")
+    with ThreadPoolExecutor(2) as pool:
+        starting = [
+            pool.submit(processes.Server, model=str(pictures)),
+            pool.submit(processes.Server, "--data-dir", str(folder / "data"), model=str(videos)),
+        ]
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(one.result()) for one in starting)
+        yield first, second
+
+
+@pytest.fixture(scope="session")
+def picture_server(_real_servers) -> processes.Server:
+    """`darkroom serve` with a model that draws pictures, and over pictures."""
+    return _real_servers[0]
+
+
+@pytest.fixture(scope="session")
+def video_server(_real_servers) -> processes.Server:
+    """`darkroom serve` with a model that makes videos."""
+    return _real_servers[1]

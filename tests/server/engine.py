@@ -28,8 +28,8 @@ from darkroom.engine.messages import (
     Progress,
     Refusal,
     Status,
-    decode_inbound,
     encode,
+    from_frames,
 )
 
 Script = Callable[[Generate], Iterable[Event | float]]
@@ -81,9 +81,9 @@ class ScriptedEngine:
                 for client in clients:
                     self._send(client, message)
             if self._socket.poll(2):
-                client, data = self._socket.recv_multipart()
+                client, *frames = self._socket.recv_multipart()
                 clients.add(client)
-                match decode_inbound(data):
+                match from_frames(frames):
                     case Ping() if not self.is_deaf:
                         self._send(client, self.status)
                     case Generate() as message:

@@ -96,3 +96,17 @@ def test_a_chunked_body_over_the_limit_is_413(http):
 
 def test_a_chunked_body_within_the_limit_is_read(http):
     assert http.post(PATH, content=iter([b'{"prompt":', b' "x"}']), headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"prompt":'])
+def test_a_body_that_does_not_arrive_is_408(server, monkeypatch, sent):
+    monkeypatch.setattr("darkroom.server.body._BODY_SECONDS", -1.7)  # and two seconds more for two megabytes
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=5) as connection:
+        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+        connection.sendall(head.encode() + sent)
+        answer = b""
+        while b"did not arrive" not in answer:
+            data = connection.recv(65536)
+            assert data, answer
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 408") and b'"type":"invalid_request_error"' in answer

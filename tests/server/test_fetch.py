@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import ipaddress
 import ssl
@@ -10,14 +11,19 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 import trustme
 
 from darkroom.configs.errors import RequestError
 from darkroom.server.fetch import Fetcher, is_public
+from tests.golden import picture_file
+
+from .conftest import CAPABILITIES, EDIT, Server, serving
 
 PICTURE = b"\x89PNG" + b"x" * 5000
 
@@ -51,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
                 pass
         elif name == "zip":
             self.answer(200, b"x", content_encoding="gzip")
+        elif name == "png":
+            self.answer(200, GOOD)
         else:
             self.answer(200 if name == "picture" else 404, PICTURE)
 
@@ -264,3 +272,69 @@ def test_addresses_that_are_not_public(address: str) -> None:
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700::1111", "2a00:1450:4001::1"])
 def test_addresses_that_are(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
+
+
+# ---- by the routes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def edits(_world: World, _server: Server) -> Iterator[str]:
+    """The address of edits on a server that fetches from the world's hosts, which are on this machine."""
+    capabilities = CAPABILITIES.override({**EDIT, "tasks": ("edit", "inpaint")})
+    with serving(_server.engine, capabilities=capabilities, allow_remote_media=["good.test"]) as server:
+        state = server.uvicorn.config.app.state
+        state.context = replace(state.context, fetcher=_world.fetcher())
+        yield f"{server.url}/v1/images/edits"
+
+
+GOOD = picture_file(64, 64)
+WAYS = {
+    "images": lambda url: {"json": {"prompt": "x", "images": [{"image_url": url}]}},
+    "mask": lambda url: {"json": {"prompt": "x", "images": [{"image_url": DATA}], "mask": {"image_url": url}}},
+    "url": lambda url: {"data": {"prompt": "x", "url": url}, "files": {"user": (None, "x")}},
+}
+DATA = "data:image/png;base64," + base64.b64encode(GOOD).decode()
+
+
+@pytest.mark.parametrize("param", WAYS)
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://good.test:PORT/to?https://private.good.test:PORT/picture", "not public"),
+        ("https://good.test:PORT/to?https://metadata.good.test:PORT/latest/meta-data", "not public"),
+        ("https://good.test:PORT/to?https://both.good.test:PORT/picture", "not public"),
+        ("https://good.test:PORT/to?https://169.254.169.254/latest/meta-data", "on a host that"),
+        ("https://good.test:PORT/to?https://127.0.0.1:PORT/picture", "on a host that"),
+        ("https://good.test:PORT/to?https://[::1]:PORT/picture", "on a host that"),
+        ("https://good.test:PORT/to?https://[::ffff:169.254.169.254]/", "on a host that"),
+        ("https://good.test:PORT/to?https://evil.test/picture", "on a host that"),
+        ("https://good.test:PORT/to?https://good.test:1/picture", "on a host that"),
+        ("https://good.test:PORT/to?https://good.test:PORT@evil.test/", "name or password"),
+        ("https://good.test:PORT/to?http://good.test:PORT/picture", "https"),
+        ("https://good.test:PORT/to?file:///etc/passwd", "https"),
+        ("https://good.test:PORT/to?ftp://good.test/x", "https"),
+        ("https://good.test:PORT/to?/to?/to?/to?/picture", "more than 3 times"),
+        ("https://good.test:PORT/loop", "more than 3 times"),
+        ("https://good.test:PORT/nothing", "cannot be fetched"),
+        ("https://good.test:PORT/endless", "larger than"),
+        ("https://private.good.test:PORT/picture", "not public"),
+        ("http://169.254.169.254/latest/meta-data", "https"),
+        ("file:///etc/passwd", "https"),
+    ],
+)
+def test_no_way_in_leads_inside(world: World, edits: str, param: str, url: str, words: str) -> None:
+    answer = httpx.post(edits, timeout=30, **WAYS[param](url.replace("PORT", str(world.port))))
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["param"], error["code"], error["type"]) == (param, "invalid_value", "invalid_request_error")
+    assert words in error["message"] and "secret" not in error["message"]
+    assert {path.partition("?")[0] for path, *_ in world.server.seen} <= {"/to", "/loop", "/nothing", "/endless"}
+
+
+@pytest.mark.parametrize("path", ["png", "to?/png", "to?/to?/to?/png"])
+def test_every_way_in_takes_what_is_allowed(world: World, edits: str, server: Server, path: str) -> None:
+    for param, body in WAYS.items():
+        answer = httpx.post(edits, timeout=30, **body(f"https://good.test:{world.port}/{path}"))
+        assert answer.status_code == 200, (param, answer.text)
+        asked = server.engine.requests[-1].request
+        assert (asked.mask if param == "mask" else asked.images[0]) == GOOD

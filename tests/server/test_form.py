@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import socket
-from random import Random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from darkroom.configs.config import Limits
 from tests.golden import picture_file
 
-from .conftest import CAPABILITIES, EDIT, serving
+from .chance import examples
+from .conftest import CAPABILITIES, EDIT, VIDEO_CAPABILITIES, serving
+from .engine import ScriptedEngine, video
 
-PATH = "/v1/images/edits"
+PATH, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 PICTURE = picture_file(64, 64)
 FORM = {"content-type": "multipart/form-data; boundary=b"}
 INVALID, TYPE = "invalid_value", "invalid_type"
@@ -190,36 +196,131 @@ def test_every_limit_is_kept(http, engine, content, status, param):
     assert engine.requests == []
 
 
-def test_forms_that_are_changed_at_random_are_answered(edit):
-    """Never with a failure of the server: 200, or a refusal with the envelope."""
-    random = Random(7)
-    whole = body(part("seed", b"5"), part("stream", b"false"), part("extra_params[steps]", b"4"))
-    pieces = [
-        b"--b",
-        b"\r\n",
-        b"--",
-        b'"',
-        b"name=",
-        b"[",
-        b"]",
-        b"\x00",
-        b"\xff",
-        b";",
-        b"content-length: 3\r\n",
-        b"%",
-    ]
-    seen = set()
-    for _ in range(400):
-        content = bytearray(whole)
-        for _ in range(random.randint(1, 4)):
-            place = random.randrange(len(content) + 1)
-            place = place if random.random() < 0.3 else random.choice([0, 60, 150, len(content) - 250])
-            change = random.choice([*pieces, random.randbytes(random.randint(0, 9))])
-            content[place : place + random.choice([0, 0, 1, 5, 60])] = change
-        headers = FORM if random.random() < 0.9 else {"content-type": "multipart/form-data; boundary=" + "b" * 3}
-        response = post(edit, bytes(content), headers)
-        seen.add(response.status_code)
-        if response.status_code != 200:
-            assert response.status_code in (400, 404, 413), (response.text, bytes(content))
-            refusal(response, response.status_code)
-    assert seen >= {200, 400}
+# ---- forms that chance has drawn -------------------------------------------------------------------------------------
+
+FIELDS = (
+    "prompt", "n", "seed", "size", "stream", "strength", "extra_params", "extra_body", "user", "image", "image[]",
+    "mask", "url", "input_reference", "num_frames", "seconds", "lora[name]", "loras[][name]", "extra_params[steps]",
+    "image[0]", "", "[", "]", "a" + "[b]" * 9, "\xe9", "\x00", "a b", "x" * 300, "../../etc/passwd", '"',
+    "name; filename=x", "%s",
+)  # fmt: skip
+FILES = (
+    "",
+    '; filename="upload"',
+    "; filename=..\\..\\x",
+    '; filename="',
+    "; filename*=UTF-8''%e2%82%ac",
+    "; filename=\xff",
+)
+HEADERS = (
+    b"", b"Content-Type: application/octet-stream\r\n", b"Content-Type: multipart/mixed; boundary=c\r\n",
+    b"Content-Transfer-Encoding: base64\r\n", b"Content-Transfer-Encoding: 8bit\r\n", b"Content-Length: 3\r\n",
+    b"Content-Length: 99999999999\r\n", b"Content-Type: text/plain; charset=utf-16\r\n", b"x" * 9000 + b": y\r\n",
+    b"a: b\r\n" * 20, b"folded: x\r\n y\r\n", b"no colon\r\n", b": no name\r\n", b"\x00: \xff\r\n",
+    b'Content-Disposition: form-data; name="user"\r\n',
+)  # fmt: skip
+NESTED = b'--c\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--c--\r\n'
+VALUES = (
+    b"x", b"", b"1", b"-1", b"true", b"64x64", b"nan", b"9" * 5000, b"{}", b'{"seed": 5}', b"[" * 50_000, b"\xff\xfe",
+    PICTURE, PICTURE[:50], PICTURE[:-30], b"\x89PNG\r\n\x1a\n", NESTED, b"--b", b"\r\n--b", b"\r\n--b-",
+    b"\r\n--bb\r\n",
+    bytes(300 << 10), bytes(2 << 20), b"\r\n" * 1000, b"data:image/png;base64,AAAA", b"http://169.254.169.254/",
+)  # fmt: skip
+DISPOSITIONS = ("form-data; ", "form-data; ", "form-data; ", "attachment; ", "", "form-data", "form-data; name=x; ")
+BOUNDARIES = (
+    ("boundary=b",), ("boundary=b",), ("boundary=b",), ("boundary=b",), ('boundary="b"',), ("boundary=bb",),
+    ("boundary=b", "charset=utf-8"), ("boundary=",), (), ('boundary="b',), ("boundary=b", "boundary=c"),
+    ("boundary=" + "b" * 71,),
+    ("BOUNDARY=b",), ("boundary=\xff",), ("boundary=--b",),
+)  # fmt: skip
+
+
+@st.composite
+def drawn_parts(draw: st.DrawFn) -> bytes:
+    """A part as a client sends it, or nearly."""
+    name, value = draw(st.sampled_from(FIELDS)), draw(st.sampled_from(VALUES) | st.binary(max_size=40))
+    head = f'Content-Disposition: {draw(st.sampled_from(DISPOSITIONS))}name="{name}"{draw(st.sampled_from(FILES))}'
+    lines = b"".join([head.encode("latin1"), b"\r\n", draw(st.sampled_from(HEADERS))])
+    return b"".join([b"--b\r\n", lines, b"\r\n", value, b"\r\n"])
+
+
+@st.composite
+def drawn_forms(draw: st.DrawFn) -> tuple[str, bytes]:
+    """(content type, body): mostly a form that would be taken, to which something has been done."""
+    parts = [IMAGE, part("prompt")] if draw(st.booleans()) else []
+    parts += draw(st.lists(drawn_parts(), max_size=4))
+    if parts and draw(st.booleans()):
+        twice = draw(st.sampled_from(parts))
+        parts += [twice] * draw(st.sampled_from((1, 2, 150 if len(twice) < 5000 else 3)))
+    content = bytearray(b"".join([draw(st.sampled_from((b"", b"", b"preamble\r\n", b"\r\n"))), *parts, END]))
+    for _ in range(draw(st.integers(0, 3))):
+        place = draw(st.integers(0, len(content)))
+        gone = draw(st.sampled_from((0, 0, 1, 5, 60, len(content))))
+        content[place : place + gone] = draw(
+            st.sampled_from((b"--b", b"\r\n", b"\n", b"--", b"\x00", b"'")) | st.binary(max_size=9)
+        )
+    return "; ".join(("multipart/form-data", *draw(st.sampled_from(BOUNDARIES)))), bytes(content)
+
+
+@pytest.fixture(scope="module")
+def routes(_others, tmp_path_factory) -> Iterator[list[str]]:
+    """Those that read forms."""
+    with ScriptedEngine() as engine:
+        engine.script = video
+        folder = tmp_path_factory.mktemp("videos")
+        with serving(engine, capabilities=VIDEO_CAPABILITIES, folder=folder) as videos:
+            over = _others["over"].url
+            yield [_others["edit"].url + PATH, over + PATH, over + VARIATIONS, videos.url + "/v1/videos"]
+
+
+def failures(routes: list[str]) -> list[float]:
+    """How many requests each server takes for failures of its own."""
+    pages = [httpx.get(httpx.URL(route).copy_with(path="/metrics")).text for route in routes]
+    lines = [[line for line in page.splitlines() if 'outcome="server_error"' in line] for page in pages]
+    return [sum(float(line.split()[-1]) for line in page) for page in lines]
+
+
+def test_forms_that_chance_has_drawn_are_answered(routes, server, whole_matrix):
+    """Whole or in pieces: in time, with success or with a refusal, and never with a failure of the server."""
+    seen: Counter[int] = Counter()
+    before = failures(routes)
+
+    with httpx.Client(timeout=10) as client:
+
+        @examples(5000 if whole_matrix else 250)
+        @given(route=st.sampled_from(routes), form=drawn_forms(), size=st.sampled_from((None, None, 1 << 16, 100)))
+        def send(route, form, size) -> None:
+            kind, content = form
+            whole = size is None or len(content) > 1000 * size
+            sent = content if whole else (content[i : i + size] for i in range(0, len(content), size))
+            response = client.post(route, content=sent, headers={b"content-type": kind.encode("latin1")})
+            seen[response.status_code] += 1
+            if response.status_code != 200:
+                assert response.status_code in (400, 413, 429), (response.text, content[:2000])
+                refusal(response, response.status_code)
+
+        send()
+    assert failures(routes) == before
+    assert {200, 400} <= set(seen), seen
+
+
+def test_forms_that_end_in_the_middle_are_no_failures(routes, server, whole_matrix):
+    """The client promises more than it sends, and closes its side, or all of the connection."""
+    before = failures(routes)
+
+    @examples(1000 if whole_matrix else 60)
+    @given(route=st.sampled_from(routes), form=drawn_forms(), share=st.floats(0, 0.99), is_half=st.booleans())
+    def send(route, form, share, is_half) -> None:
+        url, (kind, content) = httpx.URL(route), form
+        head = f"POST {url.path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content) + 1}\r\ncontent-type: {kind}"
+        with socket.create_connection((url.host, url.port), timeout=10) as connection:
+            connection.sendall(head.encode("latin1") + b"\r\n\r\n")
+            with suppress(ConnectionError):  # refused, and closed, before all of it has come
+                connection.sendall(content[: int(share * len(content))])
+                if is_half:
+                    connection.shutdown(socket.SHUT_WR)
+                    assert not connection.recv(65536).startswith(b"HTTP/1.1 5")
+
+    send()
+    assert [httpx.post(route, content=b"").status_code for route in routes] == [415] * 4  # they are there, and hear
+    assert failures(routes) == before

@@ -597,3 +597,16 @@ def test_a_client_that_goes_away_cancels_its_edit(edit, engine):
     with pytest.raises(httpx.ReadTimeout):
         edit.post(EDITS, data={"prompt": "x"}, files={"image": PICTURE}, timeout=0.3)
     assert wait_until(lambda: engine.cancelled == [message.id for message in engine.requests] != [])
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 384 * 1024, 384 * 1024 + 1, 3 * 384 * 1024 - 1])
+def test_pictures_of_any_length_come_whole(http, engine, size):
+    """They are encoded in pieces, and the answer's length is told before."""
+    file = os.urandom(size)
+    engine.script = lambda message: [finished(message, file)]
+    response = http.post(PATH, json={"prompt": "x", "n": 2})
+    assert int(response.headers["content-length"]) == len(response.content)
+    assert images(response.json()) == [file, file]
+    text = http.post(PATH, json={"prompt": "x", "stream": True}).text
+    [data] = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert base64.b64decode(json.loads(data)["b64_json"], validate=True) == file
