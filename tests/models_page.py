@@ -67,7 +67,7 @@ the names of `GET /v1/models` and `darkroom.json`; then every layout of ranks th
 A number is the largest difference of any latent or pixel on any rank, over requests that are interleaved, batched,
 without guidance, and, where a layout decodes in tiles, larger than a tile: tiny random weights of the real classes, in
 float32, by gloo on CPUs. More than {TOLERANCE:g} fails the run. *Tiles*: what ranks decode in tiles is what one process
-does, bit for bit. A dash is what was not tried; a layout without a plan is refused at start. Every model is tried with
+does, bit for bit. A dash is what was not tried; a layout without a plan is refused at start. A family is tried with
 four heads, and with a number of them that no number of ranks divides; columns are checkpoints.
 
 The last sections are of pipelines that no family is written for: they run by their own call, and what they can do,
