@@ -144,9 +144,11 @@ def serving(
     finally:
         if running:
             running[0].uvicorn.should_exit = True
-        thread.join()
+        thread.join(30)
+        left = [task.get_stack() for task in asyncio.all_tasks(running[0].loop)] if thread.is_alive() else None
         client.close()
         listener.close()
+        assert not left, f"the server does not end: {left}"
 
 
 @pytest.fixture(scope="session")
