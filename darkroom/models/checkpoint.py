@@ -90,12 +90,14 @@ class Checkpoint:
         """A component's parameters as its safetensors files hold them, by the class's own names."""
         component, folder = self.family.components[name], self.folder / name
         try:
-            tensors = read_headers(find_weights(folder), component.rename)
+            files = find_weights(folder)
         except ConfigError:
             if self.repository is None:
                 raise
             # the weights are not all fetched yet
             tensors = hub.remote_tensors(self.repository, self.folder.name, folder, component.rename)
+        else:
+            tensors = read_headers(files, component.rename)
         return tensors if component.unread is None else _without_last(tensors, f"{component.unread}.")
 
     def pin(self, config: EngineConfig) -> EngineConfig:
