@@ -82,8 +82,8 @@ def rows_of_both_branches_are_swapped() -> Iterator[None]:
     """Of the pipelines that evaluate both branches as one batch."""
     inner = guidance.BranchCalls._both
 
-    def swapped(self: guidance.BranchCalls, latents: Any, args: Any, kwargs: Any) -> Any:
-        return guidance._map(inner(self, latents, args, kwargs), lambda x: x.flip(0))
+    def swapped(self: guidance.BranchCalls, *args: Any) -> Any:
+        return guidance._map(inner(self, *args), lambda x: x.flip(0))
 
     with patch.object(guidance.BranchCalls, "_both", swapped):
         yield

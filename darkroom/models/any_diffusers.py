@@ -60,19 +60,20 @@ def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
 
 def _refusal(pipeline: Source) -> str | None:
     parts, call = pipeline.parameters("__init__"), pipeline.parameters("__call__")
+    code = pipeline.code("__call__")
     if missing := [part for part in ("transformer", "vae", "scheduler") if part not in parts]:
         return f"it has no {' and no '.join(missing)}"
     if missing := [parameter for parameter in _NEEDED if parameter not in call]:
         return f"its call takes no {' and no '.join(missing)}"
-    if _VIDEO & set(call) or ".frames" in pipeline.code("__call__") or "(frames=" in pipeline.code("__call__"):
+    if _VIDEO & set(call) or ".frames" in code or "(frames=" in code:
         return "it makes videos"
-    if not re.search(r"return \w+\(\s*images?=", pipeline.code("__call__")):
+    if not re.search(r"return \w+\(\s*images?=", code):
         return "it does not return pictures"
     if missing := sorted(_CONTROLS & set(call)):
         return f"it draws by a '{missing[0]}', which no request brings"
     if not {"callback_on_step_end", "callback"} & set(call):
         return "its call takes no callback after a step"
-    if "self.progress_bar(total=" not in pipeline.code("__call__"):
+    if "self.progress_bar(total=" not in code:
         return "its loop keeps no progress bar, which is how steps are told apart"
     return None
 

@@ -49,7 +49,8 @@ class BranchCalls:
         latents = next(iter([*args, *kwargs.values()]))
         if not isinstance(latents, torch.Tensor) or latents.shape[0] > 2:
             raise RuntimeError("the pipeline calls its transformer neither with one branch nor with a batch of two")
-        return (self._both if latents.shape[0] == 2 else self._one)(latents, args, kwargs)
+        form = (tuple(latents.shape), kwargs.get("return_dict"))
+        return (self._both if latents.shape[0] == 2 else self._one)(form, latents.device, args, kwargs)
 
     def end_step(self, latents: torch.Tensor) -> None:
         """`latents`: what the loop has made of both branches. Raises RuntimeError, on all ranks or on none."""
@@ -63,12 +64,11 @@ class BranchCalls:
         """Whether it holds on every rank."""
         return all(bool(there) for there in self._axis.gather_parts(torch.tensor([float(here)], device=device)))
 
-    def _both(self, latents: torch.Tensor, args: Any, kwargs: Any) -> Any:
-        form = (tuple(latents.shape), kwargs.get("return_dict"))
+    def _both(self, form: Any, device: torch.device, args: Any, kwargs: Any) -> Any:
         out = self._rows(args, kwargs)
         if form not in self._known:
             rows, out = _tensors(out), self._forward(*args, **kwargs)
-            if not self._all(_alike(rows, _tensors(out)), latents.device):
+            if not self._all(_alike(rows, _tensors(out)), device):
                 raise RuntimeError("the pipeline's batch of both guidance branches cannot be cut: use --cfg 1")
             self._known[form] = _map(out, lambda x: x.to("meta"))
         return out
@@ -82,14 +82,13 @@ class BranchCalls:
         out = self._forward(*_map(args, row), **_map(kwargs, row))
         return _map(out, lambda x: self._axis.all_gather(x, 0))
 
-    def _one(self, latents: torch.Tensor, args: Any, kwargs: Any) -> Any:
-        form = (tuple(latents.shape), kwargs.get("return_dict"))
+    def _one(self, form: Any, device: torch.device, args: Any, kwargs: Any) -> Any:
         is_mine = len(self._calls) == self._axis.rank
         if is_mine or form not in self._known:  # the first time shows what comes out
             out = self._forward(*args, **kwargs)
             self._known[form] = _map(out, lambda x: x.to("meta"))
         if not is_mine:
-            out = _map(self._known[form], lambda x: torch.full_like(x, float("nan"), device=latents.device))
+            out = _map(self._known[form], lambda x: torch.full_like(x, float("nan"), device=device))
         self._calls.append(_tensors(out))
         if len(self._calls) == self._axis.size:
             self._exchange()
