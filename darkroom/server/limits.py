@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,14 +25,23 @@ class _Client:
 
 
 class Limits:
-    """For each client no more than `rate` requests in any period, and `concurrent` at one time. None is no limit."""
+    """For each client no more than `rate` requests in any period, and `concurrent` at one time. None is no limit.
 
-    def __init__(self, rate: str | None = None, concurrent: int | None = None) -> None:
+    `clock` tells seconds.
+    """
+
+    def __init__(
+        self,
+        rate: str | None = None,
+        concurrent: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         number, _, unit = (rate or "0/second").partition("/")
         self.most = int(number) or None
         self.period = _SECONDS[unit]
         self.unit = unit
         self.concurrent = concurrent
+        self._clock = clock
         self._clients: OrderedDict[str, _Client] = OrderedDict()
         self._usual: float | None = None
         """Seconds that a request took of late."""
@@ -43,14 +52,14 @@ class Limits:
         if self.most is None and self.concurrent is None:
             yield
             return
-        now = time.monotonic()
+        now = self._clock()
         known = self._known(client)
         self._check_concurrency(known, now)
         self._check_rate(known, now)
         known.running.append(now)
         try:
             yield
-            self._learn(time.monotonic() - now)  # but not from what fails, which is mostly at once
+            self._learn(self._clock() - now)  # but not from what fails, which is mostly at once
         finally:
             known.running.remove(now)
 

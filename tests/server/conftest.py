@@ -92,11 +92,6 @@ VIDEO_CAPABILITIES = CAPABILITIES.override(
 QUICK = VideoOptions(ttl=3600, max_waiting=8, concurrency=2, lease=0.6, renewal=0.02, pause=0.05, cleaning=3600)
 
 
-def _cancel_all() -> None:
-    for task in asyncio.all_tasks():
-        task.cancel()
-
-
 @contextmanager
 def serving(
     engine: ScriptedEngine,
@@ -150,11 +145,9 @@ def serving(
         if running:
             running[0].uvicorn.should_exit = True
         thread.join(10)
-        if thread.is_alive():  # as may be on a busy machine: what it still waits for is given up
-            running[0].loop.call_soon_threadsafe(_cancel_all)
-            thread.join()
         client.close()
         listener.close()
+        assert not thread.is_alive(), "the server has not ended"
 
 
 @pytest.fixture(scope="session")
