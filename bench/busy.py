@@ -3,8 +3,9 @@
 `python -m bench.busy [--rounds 5]`, about 2 minutes.
 
 * Event loop: a probe in the server's loop is due each millisecond, and measured is how late it comes, less the time
-  The server is the product's; its engine's place is taken by a process that answers at once, with files that its own
-  encoder makes: of noise, which no PNG can press together, so that every answer is as large as it can be.
+  that it waited for a core. The server is the product's; its engine's place is taken by a process that answers at once,
+  with files that its own encoder makes: of noise, which no PNG can press together, so that every answer is as large as
+  it can be.
 * Uploads: 50 MB pictures to a real `darkroom serve demo`; the kernel's own account of the server process's peak.
 * Refusals: 400s, and 429s of a full queue, from 8 connections, while a picture is drawn whose steps are long.
 """

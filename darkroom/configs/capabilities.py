@@ -98,8 +98,10 @@ class Capabilities(BaseModel):
 
     def resolve(self, prompt: str, params: SamplingParams) -> Request:
         """Fill in the model's defaults and check every value. Raises `RequestError`; nothing is ever clamped."""
-        sizes = self._picture_sizes(params)
-        task = self._task(params, sizes)
+        task = self.task(len(params.images), has_mask=params.mask is not None)
+        sizes = [picture_size(image, "image") for image in params.images]
+        if params.mask is not None:
+            _check_mask(picture_size(params.mask, "mask"), sizes[0])
         width, height = self._size(task, params, sizes)
         self._check_prompt(prompt)
         self._check_negative_prompt(params.negative_prompt)
@@ -130,31 +132,23 @@ class Capabilities(BaseModel):
             )
         return request
 
-    def _picture_sizes(self, params: SamplingParams) -> list[tuple[int, int]]:
-        """(width, height) of each picture that came with the request, from its header."""
-        if len(params.images) > self.max_images:
+    def task(self, images: int, *, has_mask: bool) -> Task:
+        """What so many pictures ask for, with or without a mask. Raises `RequestError` where the model cannot."""
+        if images > self.max_images:
             takes = f"at most {self.max_images}" if self.max_images else "none"
-            raise RequestError(f"{len(params.images)} pictures were sent; {self.family} takes {takes}.", param="image")
-        return [picture_size(image, "image") for image in params.images]
-
-    def _task(self, params: SamplingParams, sizes: Sequence[tuple[int, int]]) -> Task:
-        """What the request's pictures, of `sizes`, ask for. Raises `RequestError` where the model cannot."""
-        if not sizes:
-            if params.mask is not None:
+            raise RequestError(f"{images} pictures were sent; {self.family} takes {takes}.", param="image")
+        if not images:
+            if has_mask:
                 raise RequestError("'mask' needs an 'image' that it is laid over.", param="mask")
             if found := self._first_of(("text-to-image", "text-to-video")):
                 return found
             raise RequestError(f"{self.family} needs a picture to begin with: 'image'.", param="image")
-        if params.mask is None:
+        if not has_mask:
             if found := self._first_of(("edit", "layered", "image-to-video", "image-to-image")):
                 return found
             raise RequestError(f"{self.family} draws over a part of a picture: it needs a 'mask' too.", param="mask")
         if "inpaint" not in self.tasks:
             raise RequestError(f"{self.family} takes no mask: it redraws the whole picture.", param="mask")
-        if (size := picture_size(params.mask, "mask")) != sizes[0]:
-            raise RequestError(
-                f"The mask has {size[0]}x{size[1]} pixels, and its picture {sizes[0][0]}x{sizes[0][1]}.", param="mask"
-            )
         return "inpaint"
 
     def _first_of(self, tasks: tuple[Task, ...]) -> Task | None:
@@ -311,6 +305,14 @@ class Capabilities(BaseModel):
 
     def override(self, values: dict[str, Any]) -> Capabilities:
         return Capabilities.model_validate({**self.model_dump(), **values})
+
+
+def _check_mask(size: tuple[int, int], picture: tuple[int, int]) -> None:
+    """Raises `RequestError` where it is not laid over the whole picture."""
+    if size != picture:
+        raise RequestError(
+            f"The mask has {size[0]}x{size[1]} pixels, and its picture {picture[0]}x{picture[1]}.", param="mask"
+        )
 
 
 def _between(value: int, low: int, high: int, param: str) -> int:

@@ -35,7 +35,16 @@ AttentionBackend = Literal[
 ]  # fmt: skip
 
 
-class EngineConfig(ParallelConfig):
+class QueueLimits(BaseModel):
+    """How much may wait: the engine holds to it, and the server refuses at once what can never fit."""
+
+    max_queue: int = Field(256, ge=1, description="pictures that may wait; the next one is answered 429")
+    max_queue_mb: int = Field(
+        1024, ge=1, description="MiB of pictures sent in that may wait with them; the next one is answered 429"
+    )
+
+
+class EngineConfig(QueueLimits, ParallelConfig):
     """Which model, on what, how spread."""
 
     model: CliPositionalArg[str] = Field(
@@ -49,10 +58,6 @@ class EngineConfig(ParallelConfig):
     attention_backend: AttentionBackend = Field("auto", description="a kernel by diffusers' name")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
     log_format: LogFormat = Field("text", description="one line of text, or one JSON object, for each record")
-    max_queue: int = Field(256, ge=1, description="pictures that may wait; the next one is answered 429")
-    max_queue_mb: int = Field(
-        1024, ge=1, description="MiB of pictures sent in that may wait with them; the next one is answered 429"
-    )
     step_timeout: float = Field(
         600.0, gt=0, le=86_400, description="seconds after which a worker that does not answer is taken for hung"
     )
@@ -105,7 +110,7 @@ class CheckConfig(EngineConfig, _CommandLine):
     model_config = SettingsConfigDict(cli_prog_name="darkroom check")
 
 
-class Limits(BaseModel):
+class Limits(QueueLimits):
     """What the server takes in, and what it keeps for a while."""
 
     model_config = ConfigDict(frozen=True)

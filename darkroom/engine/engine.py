@@ -147,10 +147,9 @@ class Engine:
 
     def _hide_sockets(self) -> None:
         """Unlink the socket files once everyone is connected, so that none is left however the processes end."""
-        if self.peers and self.workers.ready:
-            for file in self.run_dir.rglob("*"):
-                if file.is_socket():
-                    file.unlink()
+        if self.peers and self.workers.ready and not self.workers.hidden:
+            Path(engine_address(self.run_dir).removeprefix("ipc://")).unlink(missing_ok=True)
+            self.workers.hide_sockets()
 
     def _restart(self, error: str) -> None:
         was_ready = self.workers.ready

@@ -83,6 +83,8 @@ class WorkerGroup:
         self.deadline: float | None = None
         self.encoded: list[FromEncoder] = []
         self.ready = False
+        self.hidden = False
+        """Whether the socket files are gone."""
 
     @property
     def files(self) -> list[zmq.Socket[bytes] | int]:
@@ -93,7 +95,7 @@ class WorkerGroup:
     def start(self) -> None:
         """Start the processes; `receive` tells when all have loaded."""
         self.generation += 1
-        folder = self.run_dir / f"workers{self.generation}"
+        folder = self._folder
         folder.mkdir()
         self.replies = self._bind(zmq.PULL, f"ipc://{folder}/replies")
         self.commands = [self._bind(zmq.PUSH, f"ipc://{folder}/{rank}") for rank in range(self.config.world_size)]
@@ -107,7 +109,19 @@ class WorkerGroup:
         ]
         for process in self.processes:
             process.start()
-        self.awaited, self.ready, self.deadline = {}, False, None
+        self.awaited, self.ready, self.deadline, self.hidden = {}, False, None, False
+
+    def hide_sockets(self) -> None:
+        """Unlink their files, which no rank needs any longer once it is connected."""
+        for file in self._folder.iterdir():
+            if file.is_socket():
+                file.unlink()
+        self.hidden = True
+
+    @property
+    def _folder(self) -> Path:
+        """Of this generation's sockets."""
+        return self.run_dir / f"workers{self.generation}"
 
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self.context.socket(kind)

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 _QUIET = ("/health", "/metrics")
 """Asked by machines, again and again: logged at level debug."""
+_SECRET = ("/files/{name}",)
+"""Whoever knows the path is let in: it is not written down."""
 
 
 class AccessLog:
@@ -33,7 +35,7 @@ class AccessLog:
             client=client[0] if client else None,
             key=trail.owner,
             method=scope["method"],
-            path=scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200],
+            path=route if route in _SECRET else scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200],
             status=trail.status,
             seconds=round(seconds, 6),
             video=trail.video,

@@ -91,8 +91,8 @@ class Shelf:
         self._base = f"{_root(request)}/files/"
         self._files = files
 
-    async def put(self, file: bytes, look: Look) -> str:
-        return self._base + await self._files.keep(file, look.output_format)
+    async def put(self, files: Sequence[bytes], look: Look) -> list[str]:
+        return [self._base + name for name in await self._files.keep(files, look.output_format)]
 
 
 @router.head("/files/{name}", include_in_schema=False)
@@ -125,7 +125,8 @@ async def answer(events: Events, look: Look, shelf: Shelf | None) -> Response:
         **vars(look),
     }
     if shelf:
-        content["data"] = [{"url": await shelf.put(file, look), "seed": seed} for file, seed in files]
+        urls = await shelf.put([file for file, _ in files], look)
+        content["data"] = [{"url": url, "seed": seed} for url, (_, seed) in zip(urls, files, strict=True)]
         return Response(msgspec.json.encode(content), media_type="application/json")
     return _Pictures(content, [_Object({"seed": seed}, file) for file, seed in files])
 

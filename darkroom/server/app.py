@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,9 @@ def create_app(
     app.state.context = context
     observers: list[Observer] = [AccessLog(with_prompts=operations.log_prompts), *([traces] if traces else [])]
     _add_layers(app, operations, keys, context, observers)
-    app.add_exception_handler(HTTPException, http_exception)
     needed = [key_needed()] if keys.names else []
-    for router in (images.router, videos.router, models.router):
+    routers = (images.router, videos.router, models.router)
+    for router in routers:
         app.include_router(router, dependencies=needed)
     app.include_router(answers.router)
     app.add_api_route("/health", health)
@@ -104,6 +105,8 @@ def create_app(
         "/metrics", scrape, response_class=Response, dependencies=needed if operations.protect_metrics else []
     )
     app.add_api_route("/version", version)
+    routes = [route for router in (*routers, answers.router, app) for route in router.routes]
+    app.add_exception_handler(HTTPException, partial(http_exception, routes))
     return app
 
 

@@ -18,13 +18,17 @@ from .errors import ApiError
 
 JSON_LIMIT = 2 * 1024 * 1024
 """Bytes of a JSON body without pictures."""
+JSON_WITH_PICTURES = 32 * 1024 * 1024
+"""Bytes of one with pictures as data: URLs. It is decoded at one go, while everybody waits, as no form is."""
+_MOST_MARKS = 80_000
+"""Commas and opening brackets in a JSON body, its texts included: a prompt and a negative one may be full of them. They
+bound what there is to decode, which for a few megabytes of `{},` would take seconds."""
 
 _BODY_SECONDS = 60.0
 """To send a body in, and a second more for each MiB that it may have."""
 
 _CODES = {
     "missing": "missing_required_parameter",
-    "extra_forbidden": "unknown_parameter",
     "greater_than_equal": "integer_below_min_value",
     "less_than_equal": "integer_above_max_value",
     "string_too_long": "string_above_max_length",
@@ -41,8 +45,16 @@ async def read_json(request: Request, limit: int = JSON_LIMIT) -> dict[str, Any]
     """The body of an `application/json` request, which must be an object. Raises `ApiError`."""
     if media_type(request) != "application/json":
         raise unsupported(request, "'application/json'")
-    data = bytearray()
-    await receive(request, limit, data.extend)
+    data, marks = bytearray(), 0
+
+    def take(piece: bytes) -> None:
+        nonlocal marks
+        marks += sum(map(piece.count, b",[{"))
+        if marks > _MOST_MARKS:
+            raise ApiError(400, f"The body has more than {_MOST_MARKS} commas and brackets.")
+        data.extend(piece)
+
+    await receive(request, limit, take)
     try:
         body = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -56,10 +68,21 @@ async def read_json(request: Request, limit: int = JSON_LIMIT) -> dict[str, Any]
 
 def validate(model: type[M], values: dict[str, Any]) -> M:
     """Raises `RequestError` that names the first field at fault."""
+    for name in values:  # here, and at the first: pydantic would make an error of each one there is
+        check_known(model, name)
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        raise _request_error(e.errors(include_url=False)[0], model) from None
+        raise _request_error(e.errors(include_url=False)[0]) from None
+
+
+def check_known(model: type[BaseModel], name: str) -> None:
+    """Raises `RequestError` for what is no field."""
+    if name not in model.model_fields:
+        known = ", ".join(sorted(model.model_fields))
+        raise RequestError(
+            f"Unknown parameter: '{name[:80]}'. Known: {known}.", param=name[:80], code="unknown_parameter"
+        )
 
 
 async def disconnection(request: Request) -> NoReturn:
@@ -96,14 +119,12 @@ async def receive(request: Request, limit: int, take: Callable[[bytes], object])
         raise ApiError(408, f"The body did not arrive within {seconds:g} seconds.") from None
 
 
-def _request_error(error: ErrorDetails, model: type[BaseModel]) -> RequestError:
+def _request_error(error: ErrorDetails) -> RequestError:
     kind, value = error["type"], error["input"]
     param = str(error["loc"][0])[:80]
     wrong_type = kind.endswith("_type") or (kind == "literal_error" and not isinstance(value, str))
     if kind == "missing":
         message = f"Missing required parameter: '{param}'."
-    elif kind == "extra_forbidden":
-        message = f"Unknown parameter: '{param}'. Known: {', '.join(sorted(model.model_fields))}."
     elif kind == "none_required":
         message = f"'{param}' is not supported by this model."
     else:

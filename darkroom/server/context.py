@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -13,13 +12,12 @@ from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
 
 from .client import EngineClient
+from .decoder import Decoder
 from .drain import Drain
 from .fetch import Fetcher
 from .files import FileStore
 from .metrics import Metrics
 from .runner import VideoRunner
-
-_DECODED_AT_ONCE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,7 @@ class Context:
     """Unix seconds."""
     videos: VideoRunner | None = None
     """None where the model makes no videos."""
-    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_DECODED_AT_ONCE))
-    """Around what decodes a picture in this process: each takes as much as 64 megapixels."""
+    decoder: Decoder = field(default_factory=Decoder)
 
 
 async def _context(request: Request) -> Context:

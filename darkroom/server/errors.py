@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
 
 from darkroom.configs.errors import RequestError
 
@@ -85,7 +87,13 @@ def to_api_error(error: BaseException, picture_seconds: float = 5.0) -> ApiError
     return ApiError(500, message, headers={"x-should-retry": "false"})
 
 
-async def http_exception(request: Request, error: Exception) -> Response:
+def allowed_methods(routes: Iterable[BaseRoute], scope: Scope) -> str:
+    """Of all routes that the path leads to; Starlette tells those of the first."""
+    found = [route for route in routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in found for method in route.methods or ()}))
+
+
+async def http_exception(routes: Iterable[BaseRoute], request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, no such method on it."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.scope['path']}"[:200]  # `request.url` would parse the Host header
@@ -93,9 +101,9 @@ async def http_exception(request: Request, error: Exception) -> Response:
         case 404:
             refusal = ApiError(404, f"There is no route for {what}.")
         case 405:
-            allowed = (error.headers or {}).get("Allow", "")
+            allowed = allowed_methods(routes, request.scope)
             message = f"{what} is not supported; allowed: {allowed}."
-            refusal = ApiError(405, message, code="method_not_supported", headers=error.headers)
+            refusal = ApiError(405, message, code="method_not_supported", headers={"Allow": allowed})
         case status:
             refusal = ApiError(status, error.detail, headers=error.headers)
     return refusal.response()

@@ -11,6 +11,8 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx2
 
@@ -44,11 +46,6 @@ def is_public(address: IPAddress) -> bool:
     return address.is_global and not odd
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(sockaddr[0]) for *_, sockaddr in found]
-
-
 class Fetcher:
     """`hosts` are names, or `*.suffix`, with `:port` where that is not 443. Without any, nothing is fetched."""
 
@@ -56,19 +53,20 @@ class Fetcher:
         self,
         hosts: Sequence[str] = (),
         *,
-        resolve: Resolver = resolve,
+        resolve: Resolver | None = None,
         is_allowed: Callable[[IPAddress], bool] = is_public,
         trust: ssl.SSLContext | None = None,
         seconds: float = _SECONDS,
         most_bytes: int = _MOST_BYTES,
     ) -> None:
         self.hosts = tuple(hosts)
-        self.resolve = resolve
+        self.resolve = resolve or self._resolve
         self.is_allowed = is_allowed
         self.seconds = seconds
         self.most_bytes = most_bytes
         self._trust = trust
         self._places = asyncio.Semaphore(_AT_ONCE)
+        self._threads = ThreadPoolExecutor(_AT_ONCE, "names")  # a slow name server keeps only its own threads waiting
 
     async def fetch_picture(self, url: str, *, param: str = "image_url") -> bytes:
         """The bytes at `url`, whatever they are. Raises `RequestError`, which says nothing of what answered."""
@@ -129,6 +127,11 @@ class Fetcher:
         if not all(self.is_allowed(address) for address in found):  # one is enough: the name server may not be honest
             raise _Refused("is on a host whose address is not public.")
         return [str(address) for address in found]
+
+    async def _resolve(self, host: str, port: int) -> list[str]:
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        return [str(sockaddr[0]) for *_, sockaddr in found]
 
     async def _read(self, response: httpx2.Response) -> bytes:
         if response.status_code != 200 or response.headers.get("content-encoding", "identity") != "identity":

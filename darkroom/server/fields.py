@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 from pydantic import Field
@@ -12,7 +12,7 @@ from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request, Task
 
 from .parameters import Integer, Parameters
-from .uploads import Pictures, ReferenceObject
+from .uploads import Pictures, ReferenceObject, Sent
 
 Quality = Literal["low", "medium", "high"]
 QUALITIES: dict[str, Quality | None] = {
@@ -37,6 +37,14 @@ class ImageRequest(Parameters):
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="'url' can be fetched for a while")
     strength: float | None = Field(None, description="how far a picture is taken back to noise, above 0 to 1")
     layers: Integer | None = Field(None, description="how many layers a picture is taken apart into")
+
+    tasks: ClassVar[tuple[Task, ...]]
+    """What the route is for: one of these the model must do."""
+
+    def check(self, capabilities: Capabilities, sent: Sent) -> None:
+        """Whether it is for this model at all, before any picture is looked at. Raises `RequestError`."""
+        _check_tasks(capabilities, self.tasks)
+        capabilities.task(len(sent.images), has_mask=sent.mask is not None)
 
     def resolve(self, capabilities: Capabilities, pictures: Pictures) -> Request:
         """The request for the first picture. Raises `RequestError`."""
@@ -91,15 +99,15 @@ class StreamedRequest(ImageRequest):
 class GenerationRequest(StreamedRequest):
     """POST /v1/images/generations"""
 
-    style: None = Field(None, description="not supported")
+    tasks = ("text-to-image",)
 
-    def resolve(self, capabilities: Capabilities, pictures: Pictures) -> Request:
-        _check_tasks(capabilities, ("text-to-image",))
-        return super().resolve(capabilities, pictures)
+    style: None = Field(None, description="not supported")
 
 
 class EditRequest(StreamedRequest):
     """POST /v1/images/edits, the JSON form. In a form the pictures are files."""
+
+    tasks = EDITING
 
     images: list[ReferenceObject] | None = Field(
         None,
@@ -111,19 +119,13 @@ class EditRequest(StreamedRequest):
     input_fidelity: Literal["high", "low"] | None = Field(None, description="without effect")
     markup: None = Field(None, description="not supported")
 
-    def resolve(self, capabilities: Capabilities, pictures: Pictures) -> Request:
-        _check_tasks(capabilities, EDITING)
-        return super().resolve(capabilities, pictures)
-
 
 class VariationRequest(ImageRequest):
     """POST /v1/images/variations: the picture drawn over, from `strength` of its noise."""
 
-    prompt: str = Field("a picture", max_length=32_000, description="what the variation should show")
+    tasks = ("image-to-image",)
 
-    def resolve(self, capabilities: Capabilities, pictures: Pictures) -> Request:
-        _check_tasks(capabilities, ("image-to-image",))
-        return super().resolve(capabilities, pictures)
+    prompt: str = Field("a picture", max_length=32_000, description="what the variation should show")
 
 
 def background_of(request: Request) -> Literal["opaque", "transparent"]:

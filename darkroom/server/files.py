@@ -8,6 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 from darkroom.configs.config import Limits
@@ -25,19 +26,31 @@ class FileStore:
         self._folder: Path | None = None
         self._kept: OrderedDict[str, tuple[int, asyncio.TimerHandle]] = OrderedDict()
 
-    async def keep(self, data: bytes, ending: str) -> str:
-        """The file's name. Raises `RequestError` where it can never be kept; else the oldest make room."""
-        if len(data) > self.budget:
-            raise RequestError("The picture is too large to be kept: ask for 'b64_json'.", param="response_format")
-        while self.size + len(data) > self.budget:
+    async def keep(self, files: Sequence[bytes], ending: str) -> list[str]:
+        """Their names. The oldest make room; raises `RequestError` where not all of these can be kept together."""
+        size = sum(map(len, files))
+        if size > self.budget:
+            message = f"The pictures are too large to be kept, with {size} bytes of {self.budget}: ask for 'b64_json'."
+            raise RequestError(message, param="response_format")
+        while self.size + size > self.budget:
             self._drop(next(iter(self._kept)))
+        names = [self._book(len(data), ending) for data in files]
+        try:
+            for name, data in zip(names, files, strict=True):
+                await asyncio.to_thread(self._path(name).write_bytes, data)
+        except BaseException:
+            for name in names:
+                self._drop(name)
+            raise
+        for name in names:
+            if name not in self._kept:  # others took its room meanwhile
+                self._unlink(name)
+        return names
+
+    def _book(self, size: int, ending: str) -> str:
         name = f"{secrets.token_urlsafe(32)}.{ending}"
-        timer = asyncio.get_running_loop().call_later(self.seconds, self._drop, name)
-        self._kept[name] = len(data), timer
-        self.size += len(data)
-        await asyncio.to_thread(self._path(name).write_bytes, data)
-        if name not in self._kept:  # others took its room meanwhile
-            self._unlink(name)
+        self._kept[name] = size, asyncio.get_running_loop().call_later(self.seconds, self._drop, name)
+        self.size += size
         return name
 
     async def read(self, name: str) -> bytes | None:

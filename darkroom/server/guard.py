@@ -8,7 +8,7 @@ from darkroom.configs.operations import OperationsConfig
 
 from .drain import Drain
 from .keys import Keys
-from .limits import Limits, network
+from .limits import RateLimits, network
 from .trail import KEY, Trail
 
 _READING = ("GET", "HEAD", "OPTIONS")
@@ -22,7 +22,7 @@ class Guard:
         self.app = app
         self.root = config.root_path
         self.keys = keys
-        self.limits = Limits(config.rate_limit, config.max_concurrent_per_key)
+        self.limits = RateLimits(config.rate_limit, config.max_concurrent_per_key)
         self.drain = drain
         pages = {"/metrics": config.protect_metrics, "/openapi.json": config.protect_docs}
         self.protected = {page for page, is_protected in pages.items() if is_protected}
@@ -43,7 +43,8 @@ class Guard:
                 await self.app(scope, receive, send)
         else:
             self.drain.refuse()
-            with self.limits.admit(trail.owner or network(scope["client"][0])), self.drain.work():
+            client = scope["client"] or ("",)  # None of one that has gone already
+            with self.limits.admit(trail.owner or network(client[0])), self.drain.work():
                 await self.app(scope, receive, send)
 
     def _route_path(self, scope: Scope) -> str:

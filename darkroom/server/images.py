@@ -10,12 +10,13 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
+from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request
 
 from . import document
 from .answers import Events, ImagesResponse, Look, Shelf, answer, stream
-from .body import disconnection, media_type, read_json, unsupported
+from .body import JSON_WITH_PICTURES, disconnection, media_type, read_json, unsupported
 from .client import interleave
 from .context import Context, Shared
 from .fields import (
@@ -32,7 +33,7 @@ from .idempotency import idempotency_key, seeded
 from .models import check_model
 from .sse import EventStream
 from .trail import trail_of
-from .uploads import FILES, Pictures, fetch_form, fetch_json, from_form, from_json
+from .uploads import FILES, Pictures, Sent, from_form, from_json, take
 
 router = APIRouter()
 
@@ -47,7 +48,7 @@ _PICTURES = {"content": {"text/event-stream": {}}, "description": "The pictures,
 )
 async def create_image(http: HttpRequest, context: Shared) -> Response:
     asked = GenerationRequest.read(await read_json(http))
-    return await _draw(http, context, asked, Pictures(), "image_generation")
+    return await _draw(http, context, asked, Sent(), "image_generation")
 
 
 @router.post(
@@ -63,24 +64,17 @@ async def edit_image(http: HttpRequest, context: Shared) -> Response:
     return await _draw(http, context, *await _read_edit(http, context), "image_edit")
 
 
-async def _read_edit(http: HttpRequest, context: Context) -> tuple[EditRequest, Pictures]:
+async def _read_edit(http: HttpRequest, context: Context) -> tuple[EditRequest, Sent]:
     match media_type(http):
         case "multipart/form-data":
             form = await read_form(http, FILES, context.limits)
-            fetched = await fetch_form(context.fetcher, form)
-            pictures = await asyncio.to_thread(from_form, form, fetched)
-            asked = EditRequest.read(form.values, is_form=True)
+            return EditRequest.read(form.values, is_form=True), from_form(form)
         case "application/json":
-            asked = EditRequest.read(await read_json(http, context.limits.max_upload_mb << 20))
-            fetched = {
-                **await fetch_json(context.fetcher, asked.images or (), "images"),
-                **await fetch_json(context.fetcher, (asked.mask,), "mask"),
-            }
-            pictures = await asyncio.to_thread(from_json, asked.images, asked.mask, fetched)
-            asked = asked.model_copy(update={"images": None, "mask": None})  # tens of megabytes, in base64
+            asked = EditRequest.read(await read_json(http, min(JSON_WITH_PICTURES, context.limits.max_upload_mb << 20)))
+            sent = from_json(asked.images, asked.mask)
+            return asked.model_copy(update={"images": None, "mask": None}), sent  # so that they are kept once
         case _:
             raise unsupported(http, "'multipart/form-data' or 'application/json'")
-    return asked, pictures
 
 
 @router.post(
@@ -92,31 +86,33 @@ async def create_variation(http: HttpRequest, context: Shared) -> Response:
     return await _draw(http, context, *await _read_variation(http, context))
 
 
-async def _read_variation(http: HttpRequest, context: Context) -> tuple[VariationRequest, Pictures]:
+async def _read_variation(http: HttpRequest, context: Context) -> tuple[VariationRequest, Sent]:
     if media_type(http) != "multipart/form-data":
         raise unsupported(http, "'multipart/form-data'")
     form = await read_form(http, FILES, context.limits)
-    pictures = await asyncio.to_thread(from_form, form, {})
-    if pictures.mask is not None:
+    asked, sent = VariationRequest.read(form.values, is_form=True), from_form(form)
+    if sent.mask is not None:
         message = "Unknown parameter: 'mask'. POST /v1/images/edits takes one."
         raise RequestError(message, param="mask", code="unknown_parameter")
-    return VariationRequest.read(form.values, is_form=True), pictures
+    return asked, sent
 
 
-async def _draw(
-    http: HttpRequest, context: Context, asked: ImageRequest, pictures: Pictures, events: str = ""
-) -> Response:
+async def _draw(http: HttpRequest, context: Context, asked: ImageRequest, sent: Sent, events: str = "") -> Response:
     """`events` is their name, should they be asked for.
 
     Nothing here keeps the pictures that came with the request: once the engine has them, they are the engine's.
     """
     check_model(asked.model, context)
+    asked.check(context.capabilities, sent)
     asked = seeded(asked, idempotency_key(http))
-    first = (
-        await asyncio.to_thread(_resolve, asked, pictures, context)
-        if pictures.images
-        else _resolve(asked, pictures, context)
-    )
+    if sent.images:
+        pictures = await take(sent, context.fetcher, context.limits)
+        first = await asyncio.to_thread(asked.resolve, context.capabilities, pictures)
+        del pictures
+    else:
+        first = asked.resolve(context.capabilities, Pictures())
+    del sent
+    _check_room(asked.n, first.num_bytes, context.limits)
     requests = [first.picture(i) for i in range(asked.n)]
     trail_of(http).asked = first = msgspec.structs.replace(first, images=(), mask=None)
     look = Look(
@@ -126,15 +122,20 @@ async def _draw(
         output_format=asked.output_format,
     )
     made = _generate(http, context, requests)
-    del pictures, requests
+    del requests
     if isinstance(asked, StreamedRequest) and asked.stream:
         return EventStream(stream(made, look, events))
     return await answer(made, look, Shelf(http, context.files) if asked.response_format == "url" else None)
 
 
-def _resolve(asked: ImageRequest, pictures: Pictures, context: Context) -> Request:
-    pictures.check(context.limits)
-    return asked.resolve(context.capabilities, pictures)
+def _check_room(n: int, num_bytes: int, limits: Limits) -> None:
+    """Raises `RequestError` for what not even an empty queue takes: to be told to try again later would be untrue."""
+    if n > limits.max_queue:
+        message = f"'n' is {n}, and at most {limits.max_queue} pictures can wait here at a time."
+        raise RequestError(message, param="n", code="integer_above_max_value")
+    if n > 1 and n * num_bytes > limits.max_queue_mb << 20:
+        message = f"The pictures that were sent, {n} times, are more than the {limits.max_queue_mb} MiB that can wait."
+        raise RequestError(message, param="n", code="integer_above_max_value")
 
 
 async def _generate(http: HttpRequest, context: Context, requests: list[Request]) -> Events:

@@ -24,7 +24,7 @@ class _Client:
     """When those began that have not ended."""
 
 
-class Limits:
+class RateLimits:
     """For each client no more than `rate` requests in any period, and `concurrent` at one time. None is no limit.
 
     `clock` tells seconds.

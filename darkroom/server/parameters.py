@@ -11,7 +11,7 @@ from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.errors import RequestError
 from darkroom.configs.request import SamplingParams
 
-from .body import validate
+from .body import check_known, validate
 from .form import from_text, parse_object
 
 Integer = Annotated[int, Field(ge=-(2**63), le=2**64)]
@@ -65,11 +65,11 @@ class Parameters(BaseModel):
         values: dict[str, Any] = {}
         for key, value in cls._members(body, is_form):
             name = cls._name(key)
-            if name in cls.model_fields:
-                if value is None:
-                    continue
-                if is_form and isinstance(value, str):
-                    value = from_text(cls, name, value)
+            check_known(cls, name)
+            if value is None:
+                continue
+            if is_form and isinstance(value, str):
+                value = from_text(cls, name, value)
             if name in values and (isinstance(value, list | dict) or value != values[name]):
                 raise RequestError(f"'{key[:80]}' contradicts another spelling of it.", param=name[:80])
             values[name] = value

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
@@ -111,7 +112,7 @@ async def _run(
             app.state.context.drain,
             config.drain_timeout,
         )
-        await _settle()
+        await _settle(app)
         following = asyncio.create_task(_follow(client, url, server))
         _when_ended(engine, lambda code: _engine_lost(client, server, code))
         await server.serve(sockets=[listener])
@@ -119,10 +120,12 @@ async def _run(
         return _exit_code(client)
 
 
-async def _settle() -> None:
+async def _settle(app: FastAPI) -> None:
     """Do now what would block the event loop for tens of milliseconds later: Pillow and anyio load parts of themselves
-    at the first picture and file, and the collector would look through all that the start has made, again and again."""
+    at the first picture and file, the document is built when it is first asked for, and the collector would look
+    through all that the start has made, again and again."""
     await run_in_threadpool(Image.init)
+    app.openapi()
     gc.collect()
     gc.freeze()
 

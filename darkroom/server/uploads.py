@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,25 @@ class Pictures:
     images: tuple[bytes, ...] = ()
     mask: bytes | None = None
 
-    def check(self, limits: Limits) -> None:
-        """Raises `RequestError` or `ApiError` for what no model is to see."""
-        for data in self.images:
-            check_picture(data, "image", limits)
-        if self.mask is not None:
-            check_picture(self.mask, "mask", limits)
+
+@dataclass(frozen=True)
+class Source:
+    """A picture as it was sent: the file, or the URL where it is to be had."""
+
+    param: str
+    content: bytes | str
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a request brought, of which nothing was fetched or decoded yet."""
+
+    images: tuple[Source, ...] = ()
+    mask: Source | None = None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.images if self.mask is None else (*self.images, self.mask)
 
 
 class Reference(BaseModel):
@@ -48,56 +62,101 @@ class Reference(BaseModel):
 ReferenceObject = Annotated[dict[str, Any], WithJsonSchema(Reference.model_json_schema())]
 """Is read by `referenced`, whose errors name the field that it stands in."""
 
-Fetched = Mapping[str, bytes]
-"""Pictures from other hosts, by their URLs."""
 
-
-async def fetch_form(fetcher: Fetcher, form: Form) -> Fetched:
-    """What the form's `url` fields stand for, where the operator allows it. Raises `RequestError`."""
-    return await _fetch(fetcher, [data.decode("ascii", "replace") for data in form.files.get("url", ())], "url")
-
-
-async def fetch_json(fetcher: Fetcher, references: Sequence[object], param: str) -> Fetched:
-    """What the references' `image_url` stand for, where the operator allows it. Raises `RequestError`."""
-    return await _fetch(fetcher, [r.get("image_url") for r in references if isinstance(r, dict)], param)
-
-
-async def _fetch(fetcher: Fetcher, urls: Sequence[object], param: str) -> Fetched:
-    if not fetcher.hosts:
-        return {}
-    remote = {url for url in urls if isinstance(url, str) and url[:5].lower() != "data:"}
-    return {url: await fetcher.fetch_picture(url, param=param) for url in remote}
-
-
-def from_form(form: Form, fetched: Fetched) -> Pictures:
+def from_form(form: Form) -> Sent:
     """Raises `RequestError`."""
     if "markup" in form.files:
         raise RequestError("'markup' is not supported: use 'mask' to say where to draw.", param="markup")
-    urls = [data.decode("ascii", "replace") for data in form.files.get("url", ())]
-    images = [*form.files.get("image", ()), *(picture_at(url, "url", fetched) for url in urls)]
+    images = [Source("image", data) for data in form.files.get("image", ())]
+    images += [Source("url", data.decode("ascii", "replace")) for data in form.files.get("url", ())]
     masks = {*form.files.get("mask", ()), *form.files.get("mask_image", ())}
     if not images:
         raise RequestError("Missing required parameter: 'image'.", param="image", code="missing_required_parameter")
     if len(masks) > 1:
         raise RequestError("'mask' is sent more than once: it belongs to the first picture.", param="mask")
-    return Pictures(images=tuple(images), mask=masks.pop() if masks else None)
+    return Sent(tuple(images), Source("mask", masks.pop()) if masks else None)
 
 
-def from_json(images: Sequence[dict[str, Any]] | None, mask: dict[str, Any] | None, fetched: Fetched) -> Pictures:
+def from_json(images: Sequence[dict[str, Any]] | None, mask: dict[str, Any] | None) -> Sent:
     """Raises `RequestError`."""
     if not images:
         raise RequestError("Missing required parameter: 'images'.", param="images", code="missing_required_parameter")
-    return Pictures(
-        images=tuple(referenced(reference, "images", fetched) for reference in images),
-        mask=None if mask is None else referenced(mask, "mask", fetched),
-    )
+    sources = tuple(referenced(reference, "images") for reference in images)
+    return Sent(sources, None if mask is None else referenced(mask, "mask"))
 
 
-def picture_at(url: str, param: str, fetched: Fetched) -> bytes:
-    """The file that a URL stands for. Raises `RequestError`."""
+def referenced(reference: dict[str, Any], param: str) -> Source:
+    """What a `Reference` stands for. Raises `RequestError`."""
+    try:
+        found = validate(Reference, reference)
+    except RequestError as e:
+        raise RequestError(f"In '{param}': {e}", param=param, code=e.code) from None
+    if found.file_id is not None:
+        raise RequestError(
+            f"'{param}' has a 'file_id', and this server has no Files API: send an 'image_url' with a data URL.",
+            param=param,
+        )
+    if found.image_url is None:
+        raise RequestError(f"In '{param}': expected an 'image_url'.", param=param, code="missing_required_parameter")
+    return Source(param, found.image_url)
+
+
+def is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+async def take(sent: Sent, fetcher: Fetcher, limits: Limits) -> Pictures:
+    """The files that were sent, wherever they lie. Raises `RequestError` or `ApiError`."""
+    fetched = await _fetch(fetcher, sent, limits.max_upload_mb << 20)
+    return await asyncio.to_thread(_read, sent, fetched, limits)
+
+
+async def _fetch(fetcher: Fetcher, sent: Sent, most: int) -> dict[str, bytes]:
+    """By their URLs what lies elsewhere: all at once, and `most` bytes together. None, if the operator allows none."""
+    if not fetcher.hosts:
+        return {}
+    urls = [(one.content, one.param) for one in sent.sources if isinstance(one.content, str)]
+    remote = {url: param for url, param in urls if not is_data(url)}
+    left = most
+
+    async def fetch(url: str, param: str) -> bytes:
+        nonlocal left
+        data = await fetcher.fetch_picture(url, param=param)
+        left -= len(data)
+        if left < 0:
+            raise ApiError(413, f"The pictures are larger than {most} bytes.", param=param, code="request_too_large")
+        return data
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = {url: group.create_task(fetch(url, param)) for url, param in remote.items()}
+    except ExceptionGroup as e:
+        raise e.exceptions[0] from None
+    return {url: task.result() for url, task in tasks.items()}
+
+
+def _read(sent: Sent, fetched: Mapping[str, bytes], limits: Limits) -> Pictures:
+    images = tuple(_checked(source, fetched, limits) for source in sent.images)
+    return Pictures(images=images, mask=_checked(sent.mask, fetched, limits) if sent.mask else None)
+
+
+def _checked(source: Source, fetched: Mapping[str, bytes], limits: Limits) -> bytes:
+    """The file, of which the header was read. Raises `RequestError` or `ApiError`."""
+    data = _file(source, fetched)
+    if len(data) > limits.max_image_mb << 20:
+        message = f"'{source.param}' is larger than {limits.max_image_mb} MiB."
+        raise ApiError(413, message, param=source.param, code="request_too_large")
+    picture_size(data, source.param, limits.max_image_pixels)
+    return data
+
+
+def _file(source: Source, fetched: Mapping[str, bytes]) -> bytes:
+    url, param = source.content, source.param
+    if isinstance(url, bytes):
+        return url
     if url in fetched:
         return fetched[url]
-    if url[:5].lower() != "data:":
+    if not is_data(url):
         raise RequestError(
             f"'{param}' names '{url[:80]}', and this server fetches nothing from elsewhere: send the picture itself, "
             "as a form's file or as 'data:image/png;base64,...'.",
@@ -110,27 +169,3 @@ def picture_at(url: str, param: str, fetched: Fetched) -> bytes:
         return binascii.a2b_base64(data, strict_mode=True)
     except ValueError:
         raise RequestError(f"'{param}' has a data URL whose base64 is broken.", param=param) from None
-
-
-def referenced(reference: dict[str, Any], param: str, fetched: Fetched) -> bytes:
-    """The file that a `Reference` stands for. Raises `RequestError`."""
-    try:
-        found = validate(Reference, reference)
-    except RequestError as e:
-        raise RequestError(f"In '{param}': {e}", param=param, code=e.code) from None
-    if found.file_id is not None:
-        raise RequestError(
-            f"'{param}' has a 'file_id', and this server has no Files API: send an 'image_url' with a data URL.",
-            param=param,
-        )
-    if found.image_url is None:
-        raise RequestError(f"In '{param}': expected an 'image_url'.", param=param, code="missing_required_parameter")
-    return picture_at(found.image_url, param, fetched)
-
-
-def check_picture(data: bytes, param: str, limits: Limits) -> None:
-    """By its header. Raises `RequestError` or `ApiError`."""
-    if len(data) > limits.max_image_mb << 20:
-        message = f"'{param}' is larger than {limits.max_image_mb} MiB."
-        raise ApiError(413, message, param=param, code="request_too_large")
-    picture_size(data, param, limits.max_image_pixels)

@@ -33,9 +33,12 @@ class VideoRequest(Parameters):
     fps: Integer | None = Field(None, description="frames per second")
     n: int = Field(1, ge=1, le=1, description="one video for each request")
 
+    def check(self, capabilities: Capabilities, *, has_picture: bool) -> None:
+        """Whether it is for this model at all, before the picture is looked at. Raises `RequestError`."""
+        _check_picture(capabilities, has_picture=has_picture)
+
     def resolve(self, capabilities: Capabilities, picture: bytes | None = None) -> VideoJob:
         """Raises `RequestError`."""
-        _check_picture(capabilities, picture)
         params = self.sampling(
             capabilities,
             images=() if picture is None else (picture,),
@@ -84,7 +87,7 @@ class Remix(BaseModel):
 
     def resolve(self, source: Request, capabilities: Capabilities) -> Request:
         """The request with all that the source was made with, its seed too, but for the prompt."""
-        _check_picture(capabilities, source.images[0] if source.images else None)
+        _check_picture(capabilities, has_picture=bool(source.images))
         guidance: dict[str, Any] = {capabilities.guidance_parameter: source.guidance_scale}
         params = SamplingParams(
             width=source.width,
@@ -102,11 +105,11 @@ class Remix(BaseModel):
         return capabilities.resolve(self.prompt, params).as_file("mp4")
 
 
-def _check_picture(capabilities: Capabilities, picture: bytes | None) -> None:
+def _check_picture(capabilities: Capabilities, *, has_picture: bool) -> None:
     param = "input_reference"
-    if picture is None and "text-to-video" not in capabilities.tasks:
+    if not has_picture and "text-to-video" not in capabilities.tasks:
         raise RequestError(f"{capabilities.family} needs a picture to begin with: '{param}'.", param=param)
-    if picture is not None and "image-to-video" not in capabilities.tasks:
+    if has_picture and "image-to-video" not in capabilities.tasks:
         raise RequestError(f"{capabilities.family} makes videos from text alone; it takes no '{param}'.", param=param)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -14,12 +13,11 @@ from starlette.responses import Response
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
-from darkroom.configs.pictures import load_picture
 
 from . import document
-from .body import media_type, read_json, validate
+from .body import JSON_WITH_PICTURES, media_type, read_json, validate
 from .body import unsupported as unsupported_type
-from .context import Context, Shared
+from .context import Shared
 from .errors import ApiError
 from .form import Form, parse_object, read_form
 from .idempotency import idempotency_key, seeded
@@ -28,13 +26,11 @@ from .models import check_model
 from .ranges import file_response
 from .runner import Variant, VideoRunner, file_name
 from .trail import trail_of
-from .uploads import Fetched, check_picture, fetch_json, referenced
+from .uploads import Sent, Source, referenced, take
 from .video_request import Remix, VideoRequest
 
 router = APIRouter()
 
-_JSON_LIMIT = 32 * 1024 * 1024
-"""Bytes of a JSON body, which may hold a picture of 20 MiB as a data: URL."""
 _REFERENCE = "input_reference"
 _PAGE = 20
 _MAX_PAGE = 100
@@ -133,8 +129,12 @@ async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Vi
     file = body.pop(_REFERENCE) if isinstance(body.get(_REFERENCE), bytes) else None
     asked = seeded(VideoRequest.read(body, is_form=is_form), key)
     check_model(asked.model, context)
-    picture = await _picture(asked.input_reference if file is None else file, context)
+    sent = _sent(asked.input_reference if file is None else file)
+    asked.check(context.capabilities, has_picture=bool(sent.images))
+    picture = next(iter((await take(sent, context.fetcher, context.limits)).images), None)
     made = asked.resolve(context.capabilities, picture)
+    if picture is not None:
+        await context.decoder.check_whole(picture, _REFERENCE)
     new = Job.new(made.request, model=context.served_name, seconds=made.seconds, idempotency_key=key)
     return await _submit(http, runner, *new)
 
@@ -234,7 +234,7 @@ async def _read(http: HttpRequest, limits: Limits) -> tuple[dict[str, Any], bool
     """The body, and whether it is a form's."""
     match media_type(http):
         case "application/json":
-            return await read_json(http, min(_JSON_LIMIT, limits.max_upload_mb << 20)), False
+            return await read_json(http, min(JSON_WITH_PICTURES, limits.max_upload_mb << 20)), False
         case "multipart/form-data":
             return _once(await read_form(http, (_REFERENCE,), limits)), True
         case _:
@@ -253,20 +253,11 @@ def _as_sent(data: bytes, name: str) -> bytes | dict[str, Any]:
     return parse_object(data.decode(errors="replace"), name) if data.startswith(b"{") else data
 
 
-async def _picture(sent: bytes | dict[str, Any] | None, context: Context) -> bytes | None:
-    """What the video begins with. Raises `RequestError`, also for a file that is broken: else its job would fail."""
-    if sent is None:
-        return None
-    fetched = await fetch_json(context.fetcher, (sent,), _REFERENCE)
-    async with context.decoding:
-        return await asyncio.to_thread(_decodable, sent, fetched, context.limits)
-
-
-def _decodable(sent: bytes | dict[str, Any], fetched: Fetched, limits: Limits) -> bytes:
-    picture = referenced(sent, _REFERENCE, fetched) if isinstance(sent, dict) else sent
-    check_picture(picture, _REFERENCE, limits)
-    load_picture(picture, _REFERENCE)
-    return picture
+def _sent(picture: bytes | dict[str, Any] | None) -> Sent:
+    """What the video begins with. Raises `RequestError`."""
+    if picture is None:
+        return Sent()
+    return Sent((Source(_REFERENCE, picture) if isinstance(picture, bytes) else referenced(picture, _REFERENCE),))
 
 
 async def _job(id: str, runner: VideoRunner) -> Job:

@@ -27,7 +27,7 @@ def test_a_request_is_one_line(engine, lines, stream):
     with serving(engine, api_key=[KEY]) as server:
         response = httpx.post(
             f"{server.url}{PATH}?token=hidden",
-            json={"prompt": "a secret", "n": 2, "stream": stream, "user": "someone"},
+            json={"prompt": "a secret", "n": 2, "stream": stream, "user": "someone", "safety_identifier": "somebody"},
             headers={"authorization": f"Bearer {KEY}"},
         )
     [line] = lines()
@@ -38,7 +38,7 @@ def test_a_request_is_one_line(engine, lines, stream):
     }  # fmt: skip
     assert {name: line[name] for name in expected} == expected
     assert line["stages"]["denoise"] == 1.0 and line["seconds"] > 0
-    for hidden in (KEY, "a secret", "hidden", "someone"):
+    for hidden in (KEY, "a secret", "hidden", "someone", "somebody"):
         assert hidden not in str(line)
 
 
@@ -80,3 +80,11 @@ def test_no_key_is_written_anywhere(engine, caplog):
                 httpx.post(f"{server.url}{path}", json={"prompt": ""}, headers={"authorization": f"Bearer {key}"})
     assert "key-1" in str([vars(record) for record in caplog.records])
     assert KEY not in caplog.text and KEY not in str([vars(record) for record in caplog.records])
+
+
+def test_whoever_reads_the_log_cannot_fetch_the_pictures(engine, lines):
+    with serving(engine) as server:
+        url = httpx.post(server.url + PATH, json={"prompt": "x", "response_format": "url"}).json()["data"][0]["url"]
+        assert httpx.get(url).status_code == 200
+    assert [line["path"] for line in lines()] == [PATH, "/files/{name}"]
+    assert url.rpartition("/")[2] not in str(lines())

@@ -47,6 +47,33 @@ def test_what_is_not_a_json_object_is_400(http, engine, body):
     assert engine.requests == []
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "x", "a": [' + b"{}," * 100_000 + b"{}]}",
+        b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}",
+        b'{"prompt": "x", "a": ' + b"[" * 90_000 + b"]" * 90_000 + b"}",
+    ],
+    ids=["items", "members", "depth"],
+)
+def test_what_would_take_long_to_decode_is_not_decoded(http, engine, body):
+    assert "commas and brackets" in refusal(http.post(PATH, content=body, headers=JSON), 400)
+    assert engine.requests == []
+
+
+def test_of_many_unknown_members_the_first_is_named(http):
+    body = {"prompt": "x", **{f"a{i}": i for i in range(30_000)}}
+    response = http.post(PATH, json=body)
+    assert refusal(response, 400, "unknown_parameter").startswith("Unknown parameter: 'a0'. Known: background, ")
+    assert response.json()["error"]["param"] == "a0"
+
+
+def test_prompts_may_be_full_of_commas(http, engine):
+    body = {"prompt": "," * 32_000, "negative_prompt": "[" * 32_000}
+    assert http.post(PATH, json=body).status_code == 200
+    assert engine.requests[0].request.prompt == body["prompt"]
+
+
 def test_the_last_of_duplicate_keys_wins(http, engine):
     assert http.post(PATH, content=b'{"prompt": "a", "prompt": "b"}', headers=JSON).status_code == 200
     assert engine.requests[0].request.prompt == "b"

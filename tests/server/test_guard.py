@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -7,6 +8,14 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from starlette.types import Receive, Scope, Send
+
+from darkroom.configs.operations import OperationsConfig
+from darkroom.server.drain import Drain
+from darkroom.server.guard import Guard
+from darkroom.server.keys import Keys
+from darkroom.server.trail import KEY as KEY_OF_TRAIL
+from darkroom.server.trail import Trail
 
 from .conftest import Server, serving
 from .engine import ScriptedEngine, slow
@@ -147,3 +156,16 @@ def test_cors_is_off_unless_origins_are_named(http):
     headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
     assert http.options(PATH, headers=headers).status_code == 401
     assert not any(name.startswith("access-control") for name in http.get("/health", headers=headers).headers)
+
+
+def test_a_client_that_has_gone_already_is_no_error() -> None:
+    """uvicorn knows no address of a connection that was reset before it was looked at."""
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+
+    guard = Guard(app, OperationsConfig(rate_limit="9/second"), Keys.read(OperationsConfig()), Drain())
+    scope = {"type": "http", "path": PATH, "method": "POST", "headers": [], "client": None, KEY_OF_TRAIL: Trail("x")}
+    asyncio.run(guard(scope, None, None))  # type: ignore[arg-type]
+    assert seen == [PATH]

@@ -11,15 +11,19 @@ import msgspec
 import openai
 import pytest
 
+from darkroom.configs.config import Limits
 from darkroom.engine.messages import Failed, Preview, Progress, Refusal
 from darkroom.server.client import EngineError
 from darkroom.server.fields import GenerationRequest
 from tests.golden import picture_file
 
-from .conftest import CAPABILITIES, NAME
+from .conftest import CAPABILITIES, NAME, OVER, serving
 from .engine import failing, finished, slow, wait_until
 
 PATH = "/v1/images/generations"
+
+
+LARGE = picture_file(64, 64).ljust(400_000, b"x")
 
 
 def images(response) -> list[bytes]:
@@ -610,3 +614,19 @@ def test_pictures_of_any_length_come_whole(http, engine, size):
     text = http.post(PATH, json={"prompt": "x", "stream": True}).text
     [data] = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert base64.b64decode(json.loads(data)["b64_json"], validate=True) == file
+
+
+def test_more_pictures_than_can_ever_wait_are_not_told_to_come_again(engine):
+    limits = Limits(max_queue=4, max_queue_mb=1)
+    with (
+        serving(engine, capabilities=CAPABILITIES.override(OVER), limits=limits) as server,
+        httpx.Client(base_url=server.url, timeout=10) as http,
+    ):
+        assert len(http.post(PATH, json={"prompt": "x", "n": 4}).json()["data"]) == 4
+        for response in (
+            http.post(PATH, json={"prompt": "x", "n": 5}),
+            http.post("/v1/images/edits", data={"prompt": "x", "n": "3"}, files={"image": LARGE}),
+        ):
+            error = response.json()["error"]
+            assert (response.status_code, error["param"], error["code"]) == (400, "n", "integer_above_max_value")
+        assert http.post("/v1/images/edits", data={"prompt": "x", "n": "2"}, files={"image": LARGE}).status_code == 200

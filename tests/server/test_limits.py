@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from darkroom.server.errors import ApiError
-from darkroom.server.limits import Limits, network
+from darkroom.server.limits import RateLimits, network
 
 from .conftest import serving
 from .engine import finished, slow, wait_until
@@ -32,7 +32,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def asked(limits: Limits, client: str = "a") -> int:
+def asked(limits: RateLimits, client: str = "a") -> int:
     """0, or the seconds to wait."""
     try:
         with limits.admit(client):
@@ -43,7 +43,7 @@ def asked(limits: Limits, client: str = "a") -> int:
 
 
 def test_no_more_than_n_in_any_period_and_the_wait_is_true(clock: Clock) -> None:
-    limits, admitted = Limits("5/minute", clock=clock), []
+    limits, admitted = RateLimits("5/minute", clock=clock), []
     while clock.now < 1300:
         if wait := asked(limits):
             clock.now += wait - 1  # a second before, it is still too early
@@ -57,12 +57,12 @@ def test_no_more_than_n_in_any_period_and_the_wait_is_true(clock: Clock) -> None
 
 
 def test_each_client_has_its_own(clock: Clock) -> None:
-    limits = Limits("1/hour", clock=clock)
+    limits = RateLimits("1/hour", clock=clock)
     assert [asked(limits, name) for name in ("a", "b", "a", "b")] == [0, 0, 3600, 3600]
 
 
 def test_refusals_do_not_count(clock: Clock) -> None:
-    limits = Limits("1/minute", clock=clock)
+    limits = RateLimits("1/minute", clock=clock)
     assert asked(limits) == 0
     for _ in range(100):
         assert asked(limits) == 60
@@ -71,7 +71,7 @@ def test_refusals_do_not_count(clock: Clock) -> None:
 
 
 def test_at_one_time(clock: Clock) -> None:
-    limits = Limits(concurrent=2, clock=clock)
+    limits = RateLimits(concurrent=2, clock=clock)
     with ExitStack() as running:
         running.enter_context(limits.admit("a"))
         running.enter_context(limits.admit("a"))
@@ -85,7 +85,7 @@ def test_at_one_time(clock: Clock) -> None:
 
 
 def test_a_request_that_fails_gives_its_place_back() -> None:
-    limits = Limits(concurrent=1)
+    limits = RateLimits(concurrent=1)
     with pytest.raises(KeyError), limits.admit("a"):
         raise KeyError
     assert asked(limits) == 0
@@ -93,7 +93,7 @@ def test_a_request_that_fails_gives_its_place_back() -> None:
 
 def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("darkroom.server.limits._MOST_CLIENTS", 3)
-    limits = Limits("1/hour", clock=clock)
+    limits = RateLimits("1/hour", clock=clock)
     assert asked(limits, "a") == 0
     for name in "bcd":
         asked(limits, name)

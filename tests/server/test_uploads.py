@@ -13,12 +13,15 @@ import httpx
 import pytest
 from PIL import Image
 
+from darkroom.configs.config import Limits
+from darkroom.configs.errors import RequestError
+from darkroom.server.errors import ApiError
 from darkroom.server.fetch import Fetcher
 from darkroom.server.form import Form
-from darkroom.server.uploads import fetch_form, fetch_json, from_form
+from darkroom.server.uploads import from_form, from_json, take
 from tests.golden import picture_file
 
-from .conftest import CAPABILITIES, EDIT, Server, serving
+from .conftest import CAPABILITIES, EDIT, OVER, Server, serving
 
 EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 PICTURE = picture_file(64, 64)
@@ -105,7 +108,7 @@ def test_hostile_files_end_at_the_header(over, engine, path, name):
     if path == EDITS:
         refusal(over.post(path, data=data, files={"image": PICTURE, "mask": HOSTILE[name]}), "mask")
         response = over.post(path, json={"prompt": "x", "images": [{"image_url": data_url(HOSTILE[name])}]})
-        refusal(response, "image")
+        refusal(response, "images")
     assert engine.requests == []
 
 
@@ -179,7 +182,7 @@ def test_nothing_is_fetched_from_elsewhere(edit, engine, url):
         ({"images": [{"image_url": "data:image/png;base64,%%%%"}]}, "images", INVALID),
         ({"images": [{"image_url": "data:image/png;base64,\u00e9"}]}, "images", INVALID),
         ({"images": [{"image_url": "data:image/png;base64,AAA"}]}, "images", INVALID),
-        ({"images": [{"image_url": "data:image/png;base64,"}]}, "image", INVALID),
+        ({"images": [{"image_url": "data:image/png;base64,"}]}, "images", INVALID),
         ({"images": [{"image_url": "data:image/png;base64," + "A" * (21 << 20)}]}, "images", "string_above_max_length"),
         ({"images": [GOOD], "mask": "x"}, "mask", "invalid_type"),
         ({"images": [GOOD], "mask": {}}, "mask", MISSING),
@@ -205,22 +208,71 @@ def test_data_urls_in_a_form(edit, engine):
         refusal(edit.post(EDITS, data={"prompt": "x", "url": broken}, files={"user": (None, "x")}), "url")
 
 
-def test_pictures_from_allowed_hosts_alone_are_asked_for() -> None:
+class Hosts(Fetcher):
     """The fetcher's own tests are of what it fetches; here it is which URLs it is asked for."""
 
-    class Asked(Fetcher):
-        async def fetch_picture(self, url: str, *, param: str = "image_url") -> bytes:
-            return f"{param}: {url}".encode()
+    def __init__(self, *hosts: str, content: bytes = PICTURE) -> None:
+        super().__init__(hosts)
+        self.content = content
+        self.asked: list[tuple[str, str]] = []
 
-    remote, local = "https://a.example/a.png", "data:image/png;base64,AAAA"
-    references = [{"image_url": remote}, {"image_url": local}, {"file_id": "x"}, {"image_url": 5}, None]
-    assert asyncio.run(fetch_json(Asked(["a.example"]), references, "images")) == {
-        remote: b"images: " + remote.encode()
-    }
-    assert asyncio.run(fetch_json(Asked([]), references, "images")) == {}
-    form = Form(files={"url": [remote.encode(), local.encode()]})
-    fetched = asyncio.run(fetch_form(Asked(["a.example"]), form))
-    assert from_form(form, fetched).images == (b"url: " + remote.encode(), b"\0\0\0")
+    async def fetch_picture(self, url: str, *, param: str = "image_url") -> bytes:
+        self.asked.append((url, param))
+        return self.content
+
+
+REMOTE_URL = "https://a.example/a.png"
+
+
+def test_pictures_from_allowed_hosts_alone_are_asked_for() -> None:
+    other = picture_file(32, 32)
+    references = [{"image_url": REMOTE_URL}, {"image_url": data_url(other)}]
+    hosts = Hosts("a.example")
+    pictures = asyncio.run(take(from_json(references, {"image_url": REMOTE_URL}), hosts, Limits()))
+    assert (pictures.images, pictures.mask) == ((PICTURE, other), PICTURE)
+    assert hosts.asked == [(REMOTE_URL, "mask")]  # once
+    form = Form(files={"url": [REMOTE_URL.encode(), data_url(other).encode()], "image": [other]})
+    hosts = Hosts("a.example")
+    assert asyncio.run(take(from_form(form), hosts, Limits())).images == (other, PICTURE, other)
+    assert hosts.asked == [(REMOTE_URL, "url")]
+    none = Hosts()
+    with pytest.raises(RequestError, match="fetches nothing"):
+        asyncio.run(take(from_form(form), none, Limits()))
+    assert none.asked == []
+
+
+def test_what_is_fetched_is_no_more_than_may_be_sent() -> None:
+    urls = [{"image_url": f"https://a.example/{i}.png"} for i in range(4)]
+    hosts = Hosts("a.example", content=PICTURE.ljust(1 << 19, b"x"))
+    with pytest.raises(ApiError, match="larger than 1048576 bytes") as caught:
+        asyncio.run(take(from_json(urls, None), hosts, Limits(max_upload_mb=1)))
+    assert (caught.value.status, caught.value.param) == (413, "images")
+    assert len(asyncio.run(take(from_json(urls[:2], None), hosts, Limits(max_upload_mb=1))).images) == 2
+
+
+def test_what_cannot_be_for_this_model_is_refused_before_anything_is_fetched(_server: Server) -> None:
+    with (
+        serving(_server.engine, capabilities=CAPABILITIES.override(EDIT), allow_remote_media=["localhost"]) as server,
+        httpx.Client(base_url=server.url, timeout=10) as http,
+    ):
+        remote = {"image_url": "https://localhost/a.png"}  # which the fetcher would refuse
+        body = {"prompt": "x", "images": [remote]}
+        assert "not public" in refusal(http.post(EDITS, json=body), "images")
+        response = http.post(EDITS, json={**body, "model": "nope"})
+        assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+        refusal(http.post(EDITS, json={**body, "images": [remote] * 5}), "image")
+        refusal(http.post(EDITS, json={**body, "mask": remote}), "mask")
+        refusal(http.post(EDITS, json={**body, "n": 99}), "n", "integer_above_max_value")
+        form = [("url", (None, remote["image_url"]))] * 120
+        refusal(http.post(EDITS, files=form), "prompt", MISSING)
+        refusal(http.post(EDITS, files=[*form, ("prompt", (None, "x"))]), "image")
+        refusal(http.post(VARIATIONS, files=form), "model")
+
+
+def test_a_variation_may_be_of_a_picture_elsewhere(_server: Server) -> None:
+    with serving(_server.engine, capabilities=CAPABILITIES.override(OVER), allow_remote_media=["localhost"]) as server:
+        files = {"url": (None, "https://localhost/a.png")}
+        assert "not public" in refusal(httpx.post(server.url + VARIATIONS, files=files), "url")
 
 
 def test_an_edit_asks_the_fetcher_which_refuses_this_machine(_server: Server) -> None:

@@ -7,8 +7,6 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import av
 import httpx
@@ -17,10 +15,7 @@ import pytest
 from PIL import Image
 
 from darkroom.configs.config import Limits
-from darkroom.configs.errors import RequestError
 from darkroom.engine.messages import Progress, Refusal, Status
-from darkroom.server.fetch import Fetcher
-from darkroom.server.videos import _picture
 
 from .conftest import NAME, VIDEO_CAPABILITIES, Server, serving
 from .engine import ScriptedEngine, failing, finished, slow, video, wait_until
@@ -218,19 +213,6 @@ def test_a_video_begins_with_a_picture(http, engine, reference):
     request = engine.requests[0].request
     assert request.task == "image-to-video" and Image.open(io.BytesIO(request.images[0])).size == (64, 48)
     assert made.json()["size"] == f"{request.width}x{request.height}" == "160x96"
-
-
-def test_a_picture_from_an_allowed_host():
-    """The fetcher's own tests are of what it fetches; here it is that it is asked, and that its answer is checked."""
-
-    class Answering(Fetcher):
-        async def fetch_picture(self, url: str, *, param: str = "image_url") -> bytes:
-            return picture() if url == "https://a.example/a.png" else b"<svg/>"
-
-    context: Any = SimpleNamespace(fetcher=Answering(["a.example"]), decoding=asyncio.Semaphore(2), limits=Limits())
-    assert asyncio.run(_picture({"image_url": "https://a.example/a.png"}, context)) == picture()
-    with pytest.raises(RequestError, match="'input_reference' is no PNG"):
-        asyncio.run(_picture({"image_url": "https://a.example/b.png"}, context))
 
 
 def test_the_fetcher_refuses_this_machine(tmp_path):
