@@ -35,6 +35,8 @@ def load_picture(data: bytes, param: str = "image") -> Image.Image:
     with _open(data, param) as picture:
         try:
             upright = ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture
+            if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
+                upright = upright.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
             return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
         except MemoryError:
             raise

@@ -21,6 +21,7 @@ from darkroom.configs.operations import OperationsConfig
 
 from . import answers, images, models, videos
 from .access import AccessLog
+from .body import Inflow
 from .client import EngineClient, EngineError
 from .context import Context, Shared
 from .document import key_needed
@@ -86,6 +87,7 @@ def create_app(
         served_name=served_name,
         client=client,
         limits=limits,
+        inflow=Inflow(limits.max_uploads_mb << 20),
         files=files,
         metrics=metrics,
         drain=drain,

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from darkroom.configs.errors import RequestError
 
-from .errors import ApiError
+from .errors import ApiError, too_many
 
 JSON_LIMIT = 2 * 1024 * 1024
 """Bytes of a JSON body without pictures."""
@@ -26,6 +26,9 @@ bound what there is to decode, which for a few megabytes of `{},` would take sec
 
 _BODY_SECONDS = 60.0
 """To send a body in, and a second more for each MiB that it may have."""
+
+_INFLOW_SECONDS = 5.0
+"""After which a client that came when too much was being read may come again."""
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -101,8 +104,23 @@ def unsupported(request: Request, expected: str) -> ApiError:
     return ApiError(415, message, code="unsupported_content_type")
 
 
+class Inflow:
+    """The bytes of all bodies that are being read: so many slow clients cannot fill the memory."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+
+    def add(self, number: int) -> None:
+        """Raises `ApiError` 429."""
+        self.held += number
+        if self.held > self.most:
+            raise too_many(f"Requests of {self.most} bytes are being read already.", _INFLOW_SECONDS)
+
+
 async def receive(request: Request, limit: int, take: Callable[[bytes], object]) -> None:
     """Give the body to `take`, piece by piece as it comes. Raises `ApiError` beyond `limit` bytes, or its time."""
+    inflow: Inflow = request.app.state.context.inflow
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
@@ -111,12 +129,15 @@ async def receive(request: Request, limit: int, take: Callable[[bytes], object])
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 received += len(chunk)
+                inflow.add(len(chunk))
                 if received > limit:
                     raise too_large
                 if chunk:
                     take(chunk)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {seconds:g} seconds.") from None
+    finally:
+        inflow.held -= received
 
 
 def _request_error(error: ErrorDetails) -> RequestError:

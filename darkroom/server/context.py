@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
 
+from .body import Inflow
 from .client import EngineClient
 from .decoder import Decoder
 from .drain import Drain
@@ -34,6 +35,7 @@ class Context:
     """Unix seconds."""
     videos: VideoRunner | None = None
     """None where the model makes no videos."""
+    inflow: Inflow
     decoder: Decoder = field(default_factory=Decoder)
 
 

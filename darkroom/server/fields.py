@@ -12,7 +12,7 @@ from darkroom.configs.errors import RequestError
 from darkroom.configs.request import Request, Task
 
 from .parameters import Integer, Parameters
-from .uploads import Pictures, ReferenceObject, Sent
+from .uploads import MOST_IMAGES, Pictures, ReferenceObject, Sent
 
 Quality = Literal["low", "medium", "high"]
 QUALITIES: dict[str, Quality | None] = {
@@ -112,7 +112,7 @@ class EditRequest(StreamedRequest):
     images: list[ReferenceObject] | None = Field(
         None,
         min_length=1,
-        max_length=16,
+        max_length=MOST_IMAGES,
         description='JSON only: the pictures, each as {"image_url": "data:image/png;base64,..."}',
     )
     mask: ReferenceObject | None = Field(None, description="JSON only: a reference like those of images")

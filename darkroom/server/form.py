@@ -109,7 +109,9 @@ class _Reader:
         except UnicodeDecodeError:
             raise RequestError(f"'{self._name[:80]}' is not text in UTF-8.", param=self._name[:80]) from None
         keys = re.findall(r"\[([^\[\]]*)\]", self._name)
-        _put(self.form.values, [self._base, *keys], text)
+        if not _put(self.form.values, [self._base, *keys], text):
+            message = f"'{self._base[:80]}' is sent more than once, with different values."
+            raise RequestError(message, param=self._base[:80])
 
     @property
     def _base(self) -> str:
@@ -120,16 +122,16 @@ class _Reader:
         return self._name.removesuffix("[]") in self._files
 
 
-def _put(values: dict[str, Any], keys: Sequence[str], text: str) -> None:
-    """`a`, `a[]` and `a[b]` as {"a": text}, {"a": [text]} and {"a": {"b": text}}. Raises for a name of two values."""
+def _put(values: dict[str, Any], keys: Sequence[str], text: str) -> bool:
+    """`a`, `a[]` and `a[b]` as {"a": text}, {"a": [text]} and {"a": {"b": text}}. False for a name of two values."""
     key, *rest = keys
     kept = values.setdefault(key, [] if rest == [""] else {} if rest else text)
     if rest == [""] and isinstance(kept, list):
         kept.append(text)
-    elif rest and isinstance(kept, dict):
-        _put(kept, rest, text)
-    elif rest or kept != text:
-        raise RequestError(f"'{key[:80]}' is sent more than once, with different values.", param=key[:80])
+        return True
+    if rest and isinstance(kept, dict):
+        return _put(kept, rest, text)
+    return not rest and kept == text
 
 
 def parse_object(text: str, name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .form import Form
 
 FILES = ("image", "url", "mask", "mask_image", "markup")
 """A form's fields that are pictures, or as large."""
+MOST_IMAGES = 16
 _MAX_URL = 20 * 1024 * 1024
 
 
@@ -72,6 +73,8 @@ def from_form(form: Form) -> Sent:
     masks = {*form.files.get("mask", ()), *form.files.get("mask_image", ())}
     if not images:
         raise RequestError("Missing required parameter: 'image'.", param="image", code="missing_required_parameter")
+    if len(images) > MOST_IMAGES:
+        raise RequestError(f"{len(images)} pictures were sent; a request has at most {MOST_IMAGES}.", param="image")
     if len(masks) > 1:
         raise RequestError("'mask' is sent more than once: it belongs to the first picture.", param="mask")
     return Sent(tuple(images), Source("mask", masks.pop()) if masks else None)

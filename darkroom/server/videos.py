@@ -152,9 +152,9 @@ async def list_videos(http: HttpRequest, runner: Runner) -> VideoList:
     return _page(jobs, limit)
 
 
-@router.post("/v1/videos/edits", include_in_schema=False)
-@router.post("/v1/videos/extensions", include_in_schema=False)
-@router.post("/v1/videos/characters", include_in_schema=False)
+@router.post("/v1/videos/edits")
+@router.post("/v1/videos/extensions")
+@router.post("/v1/videos/characters")
 async def unsupported(http: HttpRequest, context: Shared, runner: Runner) -> Response:
     """These take videos, which no model here does."""
     path = http.scope["path"]
@@ -162,7 +162,7 @@ async def unsupported(http: HttpRequest, context: Shared, runner: Runner) -> Res
     raise ApiError(400, message, code="unsupported_operation")
 
 
-@router.get("/v1/videos/characters/{id}", include_in_schema=False)
+@router.get("/v1/videos/characters/{id}")
 async def get_character(id: str, runner: Runner) -> Response:
     raise ApiError(404, f"There is no character '{id[:80]}': this server makes none.", param="id")
 

@@ -38,6 +38,13 @@ def test_any_mode_becomes_colour(mode: str, expected: str) -> None:
     assert load_picture(save(Image.new(mode, (8, 8)))).mode == expected
 
 
+def test_16_bits_of_grey_are_scaled_and_not_cut_off() -> None:
+    ramp = Image.frombytes("I;16", (256, 1), b"".join((257 * i).to_bytes(2, "little") for i in range(256)))
+    file = save(ramp)
+    assert list(load_picture(file).getchannel("G").tobytes()) == list(range(256))
+    assert list(load_mask(file).tobytes()) == list(range(256))
+
+
 def test_a_transparent_palette_keeps_its_alpha() -> None:
     picture = Image.new("RGB", (8, 8), "red").quantize(2)
     assert load_picture(save(picture, transparency=picture.getpixel((0, 0)))).getchannel("A").getextrema() == (0, 0)

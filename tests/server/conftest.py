@@ -24,6 +24,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from bench import processes
 from darkroom.configs.capabilities import Capabilities
@@ -71,7 +72,12 @@ class Server:
     client: EngineClient
     loop: asyncio.AbstractEventLoop
     uvicorn: uvicorn.Server
-    runner: VideoRunner | None = None
+    app: FastAPI
+
+    @property
+    def runner(self) -> VideoRunner | None:
+        runner: VideoRunner | None = self.app.state.context.videos
+        return runner
 
 
 VIDEO_CAPABILITIES = CAPABILITIES.override(
@@ -131,8 +137,7 @@ def serving(
             )
             server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            runner = app.state.context.videos
-            running.append(Server(url, engine, client, asyncio.get_running_loop(), server, runner))
+            running.append(Server(url, engine, client, asyncio.get_running_loop(), server, app))
             await server.serve(sockets=[listener])
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 
+import httpx
 import pytest
+
+from darkroom.configs.config import Limits
+
+from .conftest import serving
+from .engine import wait_until
 
 PATH = "/v1/images/generations"
 JSON = {"content-type": "application/json"}
@@ -72,6 +79,24 @@ def test_prompts_may_be_full_of_commas(http, engine):
     body = {"prompt": "," * 32_000, "negative_prompt": "[" * 32_000}
     assert http.post(PATH, json=body).status_code == 200
     assert engine.requests[0].request.prompt == body["prompt"]
+
+
+def test_many_bodies_at_once_are_not_read_into_memory(engine):
+    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1500000\r\n\r\n"
+    with serving(engine, limits=Limits(max_uploads_mb=2)) as server, ExitStack() as stack:
+        address = server.url.removeprefix("http://").split(":")
+        slow = [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(2)]
+        for connection in slow:
+            connection.sendall(head.encode() + b" " * 1_000_000)
+        context = server.app.state.context
+        assert wait_until(lambda: context.inflow.held == 2_000_000)
+        response = httpx.post(server.url + PATH, content=b" " * 200_000, headers=JSON)
+        assert "being read already" in refusal(response, 429, "rate_limit_exceeded")
+        assert response.headers["retry-after"] == "5"
+        slow[0].close()
+        assert wait_until(lambda: context.inflow.held == 1_000_000)
+        assert httpx.post(server.url + PATH, json={"prompt": "x"}).status_code == 200
+        assert context.inflow.held == 1_000_000
 
 
 def test_the_last_of_duplicate_keys_wins(http, engine):

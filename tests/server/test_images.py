@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import os
 import time
@@ -10,8 +11,10 @@ import httpx
 import msgspec
 import openai
 import pytest
+from PIL import Image
 
 from darkroom.configs.config import Limits
+from darkroom.engine.media import encode_picture
 from darkroom.engine.messages import Failed, Preview, Progress, Refusal
 from darkroom.server.client import EngineError
 from darkroom.server.fields import GenerationRequest
@@ -132,6 +135,7 @@ def test_quality_sets_the_steps(http, engine, quality, steps, word):
         {"infer_steps": 4, "num_inference_steps": 4},
         {"extra_body": {"num_inference_steps": 4}},
         {"extra_params": {"steps": 4}, "num_inference_steps": None},
+        {"sample_steps": 4},
     ],
 )
 def test_other_spellings(http, engine, fields):
@@ -520,11 +524,21 @@ def test_nested_extras_of_a_form(edit, engine):
 def test_layers_are_transparent(http_of, engine):
     http = http_of("layered")
     engine.script = lambda message: [
-        msgspec.structs.replace(finished(message), files=tuple(b"layer %d" % i for i in range(3)))
+        msgspec.structs.replace(
+            finished(message),
+            files=tuple(
+                encode_picture(Image.new("RGBA", (64, 64), (255, 0, 0, 60 * i)), message.request.output_format, 100)
+                for i in range(3)
+            ),
+        )
     ]
-    answer = http.post(EDITS, data={"prompt": "x", "background": "transparent"}, files={"image": PICTURE}).json()
-    assert images(answer) == [b"layer 0", b"layer 1", b"layer 2"]
-    assert answer["background"] == "transparent"
+    for kind in ("png", "webp"):
+        fields = {"prompt": "x", "background": "transparent", "output_format": kind}
+        answer = http.post(EDITS, data=fields, files={"image": PICTURE}).json()
+        assert answer["background"] == "transparent"
+        layers = [Image.open(io.BytesIO(file)) for file in images(answer)]
+        assert [layer.mode for layer in layers] == ["RGBA"] * 3
+        assert [layer.getchannel("A").getextrema() for layer in layers] == [(0, 0), (60, 60), (120, 120)]
     assert engine.requests[0].request.layers == 3
     for fields, param in (
         ({"background": "opaque"}, "background"),

@@ -24,8 +24,9 @@ LITELLM = "litellm==1.106.2"
 @pytest.fixture(scope="module")
 def python(pytestconfig: pytest.Config, whole_matrix: bool) -> Path:
     """The interpreter of an environment with LiteLLM."""
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir(LITELLM)
+    if not (cache := getattr(pytestconfig, "cache", None)):
+        pytest.skip("there is no cache to keep its environment in")
+    folder = cache.mkdir(LITELLM)
     found, done = folder / "bin" / "python", folder / "done"
     if not done.exists():
         if not whole_matrix:

@@ -54,6 +54,14 @@ def test_a_spelling_of_what_a_request_does_not_have_is_named_as_it_was_sent(kind
         kind.read({"prompt": "x", name: 1})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_other_spelling_is_its_field(kind: type[Parameters]) -> None:
+    read = {name: field for name, field in _ALIASES.items() if field in kind.model_fields}
+    assert {"cfg_scale", "txt_cfg", "sample_steps"} < read.keys()
+    for name, field in read.items():
+        assert getattr(kind.read({"prompt": "x", name: 1}), field) == 1
+
+
 @pytest.mark.parametrize("name", ["num_outputs_per_prompt", "num_images_per_prompt"])
 def test_other_words_for_how_many(name: str) -> None:
     assert GenerationRequest.read({"prompt": "x", name: 3}).n == 3

@@ -17,12 +17,15 @@ import httpx
 import pytest
 from PIL import Image
 
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.config import ServeConfig
 from darkroom.configs.errors import ConfigError
 from darkroom.engine.media import encode_picture
 from darkroom.engine.messages import Progress
+from darkroom.server import run
 from darkroom.server.runner import VideoOptions, open_videos
 
-from .conftest import QUICK, VIDEO_CAPABILITIES, Server, serving
+from .conftest import CAPABILITIES, QUICK, VIDEO_CAPABILITIES, Server, serving
 from .engine import ScriptedEngine, slow, video, wait_until
 
 PATH = "/v1/videos"
@@ -322,3 +325,26 @@ def test_a_folder_that_cannot_be_had_is_named(tmp_path):
 
     with pytest.raises(ConfigError, match="--data-dir"):
         asyncio.run(use())
+
+
+def test_the_flags_of_the_job_store_are_its_options(tmp_path: Path, postgresql: str, s3: str) -> None:
+    config = ServeConfig(
+        model="x", data_dir=tmp_path, database_url=postgresql, files_url=s3, job_ttl=60, disk_budget=0.5, max_queue=7,
+        max_videos=3,
+    )  # fmt: skip
+
+    async def use() -> VideoOptions | None:
+        assert await opened(config, CAPABILITIES) is None  # makes no videos
+        return await opened(config, VIDEO_CAPABILITIES)
+
+    async def opened(config: ServeConfig, capabilities: Capabilities) -> VideoOptions | None:
+        async with run._stores(config, capabilities) as stores:
+            if stores is None:
+                return None
+            await stores.files.put("a", b"x")
+            assert await stores.jobs.waiting() == 0
+            return stores.options
+
+    expected = VideoOptions(ttl=60, disk_budget=500_000_000, max_waiting=7, concurrency=3)
+    assert asyncio.run(use()) == expected
+    assert list(tmp_path.iterdir()) == []  # it is all elsewhere

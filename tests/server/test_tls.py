@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,27 @@ def test_an_encrypted_key_without_its_password_is_an_error(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="cannot be used"):
         tls_context(OperationsConfig(ssl_certfile=chain, ssl_keyfile=file))
     assert tls_context(OperationsConfig(ssl_certfile=chain, ssl_keyfile=file, ssl_keyfile_password="pw"))
+
+
+@pytest.mark.parametrize("has_certificate", [False, True])
+def test_a_client_without_a_certificate_is_turned_away(tmp_path: Path, has_certificate: bool) -> None:
+    authority = trustme.CA()
+    own, roots = tmp_path / "own.pem", tmp_path / "roots.pem"
+    own.write_bytes(authority.issue_cert("localhost").private_key_and_cert_chain_pem.bytes())
+    roots.write_bytes(authority.cert_pem.bytes())
+    context = tls_context(OperationsConfig(ssl_certfile=own, ssl_ca_certs=roots))
+    client = ssl.create_default_context(cafile=str(roots))
+    if has_certificate:
+        authority.issue_cert("somebody").configure_cert(client)
+    near, far = socket.socketpair()
+    assert context
+    with near, far, ThreadPoolExecutor(1) as pool:
+        shaken = pool.submit(context.wrap_socket, near, server_side=True)
+        with client.wrap_socket(far, server_hostname="localhost") as wrapped:
+            if not has_certificate:
+                with pytest.raises(ssl.SSLError, match="PEER_DID_NOT_RETURN_A_CERTIFICATE"):
+                    shaken.result(10)
+                return
+            with shaken.result(10) as server:
+                server.sendall(b"x")
+                assert wrapped.recv(1) == b"x"

@@ -119,6 +119,7 @@ def test_hostile_files_end_at_the_header(over, engine, path, name):
         ([("mask", PICTURE)], "image", MISSING),
         ([("image", PICTURE)] * 5, "image", INVALID),
         ([("image[]", PICTURE)] * 17, "image", INVALID),
+        ([("image", PICTURE)] * 16, "image", INVALID),
         ([("image", PICTURE), ("mask", PICTURE), ("mask_image", picture_file(64, 64, 3))], "mask", INVALID),
         ([("image", PICTURE), ("markup", PICTURE)], "markup", INVALID),
         ([("image", PICTURE), ("mask", PICTURE)], "mask", INVALID),
@@ -128,6 +129,16 @@ def test_numbers_of_pictures(edit, engine, files, param, code):
     response = edit.post(EDITS, data={"prompt": "x"}, files=[*files, ("user", (None, "x"))])
     refusal(response, param, code)
     assert engine.requests == []
+
+
+def test_no_model_is_sent_more_than_16(_server: Server) -> None:
+    many = CAPABILITIES.override({**EDIT, "max_images": 30})
+    with serving(_server.engine, capabilities=many) as server:
+        for number, status in ((16, 200), (17, 400)):
+            files = [("prompt", (None, "x")), *[("image[]", PICTURE)] * number]
+            assert httpx.post(server.url + EDITS, files=files).status_code == status
+            body = {"prompt": "x", "images": [GOOD] * number}
+            assert httpx.post(server.url + EDITS, json=body).status_code == status
 
 
 def test_a_variation_is_of_one_picture(over, engine):
