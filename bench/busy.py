@@ -34,7 +34,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from darkroom.engine.media import encode_picture, encode_video
+from darkroom.engine.media import encode_files
 from darkroom.engine.messages import Event, Generate, Progress
 from tests.server.engine import ScriptedEngine, finished
 
@@ -77,10 +77,8 @@ def engine(address: Any) -> None:
             yield Progress(id=message.id, step=step, num_steps=2, seconds=0.01, batch_size=1)
             yield 0.01
         request = message.request
-        if request.output_format == "mp4":
-            yield finished(message, encode_video((frames * 9)[: request.num_frames], request.fps))
-        else:
-            yield finished(message, encode_picture(noise, request.output_format, request.output_compression))
+        pictures = (frames * 9)[: request.num_frames] if request.output_format == "mp4" else [noise]
+        yield finished(message, *encode_files(pictures, request))
 
     with ScriptedEngine() as running:
         running.script = script

@@ -77,6 +77,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     output_format: OutputFormat = "png"
     output_compression: int = 100
     """0 to 100, the quality of JPEG and WebP."""
+    stills: bool = False
+    """Whether a thumbnail and a spritesheet come with a video."""
     partial_images: int = 0
     """How many previews are decoded on the way."""
 

@@ -12,6 +12,8 @@ from PIL import Image
 
 from darkroom.configs.request import OutputFormat, Request
 
+from .stills import thumbnail_and_spritesheet
+
 _PNG_LEVEL = 1
 """Three to four times faster than zlib's default, for files a few per cent larger."""
 _CRF = "18"
@@ -19,9 +21,10 @@ _CRF = "18"
 
 
 def encode_files(pictures: Sequence[Image.Image], request: Request) -> tuple[bytes, ...]:
-    """The files of one request: a video of its frames, or one picture for each."""
+    """Of one request: a video of its frames, and what is shown of it if asked for; else a file for each picture."""
     if request.output_format == "mp4":
-        return (encode_video(pictures, request.fps),)
+        stills = thumbnail_and_spritesheet(pictures) if request.stills else ()
+        return (encode_video(pictures, request.fps), *stills)
     return tuple(encode_picture(picture, request.output_format, request.output_compression) for picture in pictures)
 
 

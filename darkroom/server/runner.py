@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import msgspec
+
 from darkroom.configs.errors import RequestError
 from darkroom.configs.logs import facts
 from darkroom.configs.request import Request
@@ -24,7 +26,6 @@ from .idempotency import HEADER
 from .job_files import JobFiles, open_files
 from .jobs import Job, JobStore, open_jobs
 from .metrics import Metrics
-from .stills import thumbnail_and_spritesheet
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,8 @@ class VideoRunner:
     async def _make(self, job: Job) -> AsyncGenerator[tuple[int, int], None]:
         """Yields how far it is in per cent, and at the end the bytes that were written."""
         files: tuple[bytes, ...] = ()
-        async with aclosing(self._client.generate(await self.request_of(job))) as events:
+        request = msgspec.structs.replace(await self.request_of(job), stills=True)
+        async with aclosing(self._client.generate(request)) as events:
             async for event in events:
                 self._metrics.observe(event)
                 match event:
@@ -252,15 +254,13 @@ class VideoRunner:
                         yield 99 * step // max(num_steps, 1), 0  # the last one is the file's
                     case Finished():
                         files = event.files
-        yield 99, await self._write(job, files[0])
+        yield 99, await self._write(job, files)
 
-    async def _write(self, job: Job, video: bytes) -> int:
+    async def _write(self, job: Job, files: tuple[bytes, ...]) -> int:
         """The number of bytes. The names tell of the claim: what comes of another one is not overwritten."""
-        thumbnail, spritesheet = await asyncio.to_thread(thumbnail_and_spritesheet, video)
-        contents: dict[Variant, bytes] = {"video": video, "thumbnail": thumbnail, "spritesheet": spritesheet}
-        for variant, content in contents.items():
+        for variant, content in zip(_ENDINGS, files, strict=True):
             await self.files.put(file_name(job, variant), content)
-        return sum(map(len, contents.values()))
+        return sum(map(len, files))
 
     async def _engine_failed(self, job: Job, error: EngineError) -> None:
         logger.warning("%s: %s", job.id, error)

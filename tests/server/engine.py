@@ -15,7 +15,7 @@ import zmq
 from PIL import Image
 
 from darkroom.configs.request import Request
-from darkroom.engine.media import encode_video
+from darkroom.engine.media import encode_files
 from darkroom.engine.messages import (
     Cancel,
     Event,
@@ -113,10 +113,10 @@ def picture(message: Generate) -> Iterator[Event | float]:
     yield finished(message)
 
 
-def finished(message: Generate, image: bytes | None = None) -> Finished:
+def finished(message: Generate, *files: bytes) -> Finished:
     return Finished(
         id=message.id,
-        files=(b"picture %d" % message.request.seed if image is None else image,),
+        files=files or (b"picture %d" % message.request.seed,),
         seed=message.request.seed,
         text_tokens=7,
         image_tokens=64,
@@ -158,7 +158,7 @@ def video(message: Generate) -> Iterator[Event | float]:
         yield Progress(id=id, step=step, num_steps=request.num_inference_steps, seconds=0.01, batch_size=1)
         yield 0.005
     frames = [_frame(request, i) for i in range(request.num_frames)]
-    yield finished(message, encode_video(frames, request.fps))
+    yield finished(message, *encode_files(frames, request))
 
 
 def _frame(request: Request, index: int) -> Image.Image:

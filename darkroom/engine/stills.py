@@ -1,11 +1,11 @@
-"""Pictures of a finished video: what is shown of it before it is played. Not for the event loop."""
+"""Pictures of a video: what is shown of it before it is played."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
-import av
 from PIL import Image
 
 _THUMBNAIL_EDGE = 512
@@ -14,24 +14,16 @@ _COLUMNS = 4
 _TILES = 16
 
 
-def thumbnail_and_spritesheet(video: bytes) -> tuple[bytes, bytes]:
+def thumbnail_and_spritesheet(frames: Sequence[Image.Image]) -> tuple[bytes, bytes]:
     """The first frame as WebP, and up to 16 frames from first to last, row by row, as JPEG."""
-    with av.open(io.BytesIO(video), "r") as container:
-        stream = container.streams.video[0]
-        wanted = _spread(stream.frames)
-        frames = [_picture(frame) for i, frame in enumerate(container.decode(stream)) if i in wanted]
-    return _encoded(_shrunk(frames[0], _THUMBNAIL_EDGE), "WEBP"), _encoded(_grid(frames), "JPEG")
+    shown = [frames[i] for i in _spread(len(frames))]
+    return _encoded(_shrunk(frames[0], _THUMBNAIL_EDGE), "WEBP"), _encoded(_grid(shown), "JPEG")
 
 
-def _picture(frame: av.VideoFrame) -> Image.Image:
-    picture: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
-    return picture
-
-
-def _spread(count: int) -> set[int]:
+def _spread(count: int) -> list[int]:
     """Which frames of so many, evenly."""
     tiles = min(count, _TILES)
-    return {round(i * (count - 1) / max(tiles - 1, 1)) for i in range(tiles)}
+    return [round(i * (count - 1) / max(tiles - 1, 1)) for i in range(tiles)]
 
 
 def _grid(frames: list[Image.Image]) -> Image.Image:
