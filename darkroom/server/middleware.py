@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from email.utils import formatdate
 
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .drain import Drain
 from .errors import ApiError, to_api_error
 from .metrics import Metrics
-from .trail import KEY, Observer, Trail
+from .trail import KEY, Observer, Trail, new_id
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class Outermost:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        trail = scope[KEY] = Trail(f"req_{uuid.uuid4().hex}")
+        trail = scope[KEY] = Trail(new_id())
         began = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:

@@ -28,6 +28,7 @@ from darkroom.engine.launch import EngineProcess
 from .app import create_app
 from .client import EngineClient, EngineError
 from .drain import Drain
+from .protocol import HttpProtocol
 from .runner import VideoOptions, VideoStores, open_videos
 from .tls import tls_context
 from .videos import makes_videos
@@ -101,6 +102,8 @@ async def _run(
         server = _Server(
             uvicorn.Config(
                 app,
+                http=HttpProtocol,
+                ws="none",  # no route speaks it, and what a library for it answers is not the error object
                 log_config=None,
                 log_level="warning",
                 access_log=False,

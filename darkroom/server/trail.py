@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,11 @@ class Trail:
 
 Observer = Callable[[Trail, MutableMapping[str, Any], float], None]
 """(trail, scope, seconds), when a request has ended."""
+
+
+def new_id() -> str:
+    """For an answer's `x-request-id`."""
+    return f"req_{uuid.uuid4().hex}"
 
 
 def trail_of(http: HTTPConnection) -> Trail:

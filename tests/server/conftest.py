@@ -32,6 +32,7 @@ from darkroom.configs.config import Limits
 from darkroom.configs.operations import OperationsConfig
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
+from darkroom.server.protocol import HttpProtocol
 from darkroom.server.runner import VideoOptions, VideoRunner, VideoStores, open_videos
 
 from .engine import ScriptedEngine, wait_until
@@ -135,7 +136,9 @@ def serving(
                 operations=OperationsConfig(**flags),
                 limits=limits or Limits(),
             )
-            server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+            server = uvicorn.Server(
+                uvicorn.Config(app, http=HttpProtocol, ws="none", log_config=None, timeout_graceful_shutdown=1)
+            )
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             running.append(Server(url, engine, client, asyncio.get_running_loop(), server, app))
             await server.serve(sockets=[listener])
