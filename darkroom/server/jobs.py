@@ -65,6 +65,17 @@ _LOCKS = {
 """By database: an isolation level, and a statement that keeps two servers from migrating at once."""
 
 
+class Outline(msgspec.Struct, frozen=True, kw_only=True):
+    """What is shown of a request. Any field may be missing: the request may be of another version."""
+
+    prompt: str = ""
+    width: int = 0
+    height: int = 0
+    num_frames: int = 0
+    fps: int = 0
+    seed: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Times are in Unix seconds."""
@@ -126,6 +137,13 @@ class Job:
         """Raises msgspec.DecodeError for the request of a version that knew other fields."""
         request = msgspec.json.decode(self.request, type=Request)
         return request if picture is None else msgspec.structs.replace(request, images=(picture,))
+
+    def outline(self) -> Outline:
+        """Never raises: one job of another version must not take the list of all others with it."""
+        try:
+            return msgspec.json.decode(self.request, type=Outline)
+        except msgspec.DecodeError:
+            return Outline()
 
 
 def is_id(id: str) -> bool:

@@ -74,7 +74,7 @@ class Video:
 
     @classmethod
     def of(cls, job: Job) -> Video:
-        request = job.read_request()
+        request = job.outline()
         return cls(
             id=job.id,
             model=job.model,

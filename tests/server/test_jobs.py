@@ -14,7 +14,7 @@ from alembic.migration import MigrationContext
 
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
-from darkroom.server.jobs import METADATA, Job, JobStore, open_jobs
+from darkroom.server.jobs import METADATA, Job, JobStore, Outline, open_jobs
 
 REQUEST = Request(
     task="text-to-video",
@@ -124,6 +124,18 @@ def test_a_picture_is_kept_apart():
     assert picture == b"\x89PNG" and made.has_picture and made.size == 4 and len(made.request) < 600
     assert made.read_request(picture).images == (picture,)
     assert made.read_request().images == ()
+
+
+@pytest.mark.parametrize(
+    ("request_", "outline"),
+    [
+        ('{"prompt": "y", "width": 64, "new": {}}', Outline(prompt="y", width=64)),
+        ('{"prompt": 5}', Outline()),
+        ("nonsense", Outline()),
+    ],
+)
+def test_a_request_of_another_version_is_shown_as_far_as_it_is_known(request_, outline):
+    assert job(request=request_).outline() == outline
 
 
 def _fields(request: Request) -> dict[str, object]:

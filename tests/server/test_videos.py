@@ -4,8 +4,10 @@ import asyncio
 import base64
 import io
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +94,11 @@ def refused(response, status=400, param=None, code=None):
     assert param is None or error["param"] == param, error
     assert code is None or error["code"] == code, error
     return error["message"]
+
+
+def sql(folder: Path, statement: str) -> None:
+    with closing(sqlite3.connect(folder / "videos.sqlite")) as database, database:
+        database.execute(statement)
 
 
 def picture(size=(64, 48), file_format="PNG") -> bytes:
@@ -429,6 +436,18 @@ def test_pages(http, engine):
     assert page["data"][0]["id"] == newest[-1]
     assert http.get(PATH, params={"limit": 0}).json()["has_more"] is False
     assert http.get(PATH, params={"after": newest[-1]}).json()["data"] == []
+
+
+@pytest.mark.parametrize("stored", ['{"prompt": "old", "width": 64, "height": 48, "x": 1}', "nonsense"])
+def test_a_job_of_another_version_is_listed_with_the_others(http, engine, folder, stored):
+    engine.script = slow
+    ids = [create(http)["id"] for _ in range(3)]
+    sql(folder, f"UPDATE video_jobs SET request = '{stored}' WHERE id = '{ids[1]}'")
+    shown = {video["id"]: video for video in http.get(PATH).json()["data"]}
+    assert set(shown) == set(ids) and shown[ids[0]]["prompt"] == "a red ball"
+    expected = ("old", "64x48") if stored != "nonsense" else ("", "0x0")
+    assert (shown[ids[1]]["prompt"], shown[ids[1]]["size"]) == expected
+    assert http.get(f"{PATH}/{ids[1]}").json()["prompt"] == expected[0]
 
 
 @pytest.mark.parametrize(
