@@ -19,10 +19,10 @@ from darkroom.engine.messages import Finished, Progress
 
 from .client import EngineClient, EngineError, interleave
 from .drain import Drain
-from .errors import too_many
+from .errors import ApiError, too_many
 from .idempotency import HEADER
 from .job_files import JobFiles, open_files
-from .jobs import Job, JobStore, open_jobs
+from .jobs import Job, JobStore, QueueFull, open_jobs
 from .metrics import Metrics
 from .stills import thumbnail_and_spritesheet
 
@@ -112,16 +112,23 @@ class VideoRunner:
         """
         if earlier := await self._earlier(job, picture):
             return earlier
-        if await self.jobs.waiting() >= self.options.max_waiting:
-            message = f"{self.options.max_waiting} videos are waiting already."
-            raise too_many(message, self._metrics.usual_seconds or _USUAL_SECONDS)
+        if await self.jobs.waiting() >= self.options.max_waiting:  # `add` counts, too: this saves writing the picture
+            raise self._too_many()
         if picture is not None:
             await self.files.put(_picture_name(job), picture)
-        if await self.jobs.add(job):
-            self._news.set()
-            return job
+        try:
+            if await self.jobs.add(job, self.options.max_waiting):
+                self._news.set()
+                return job
+        except QueueFull:
+            await self.files.delete(_picture_name(job))
+            raise self._too_many() from None
         await self.files.delete(_picture_name(job))  # the same was asked for at the same moment
         return await self.submit(job, picture)
+
+    def _too_many(self) -> ApiError:
+        message = f"{self.options.max_waiting} videos are waiting already."
+        return too_many(message, self._metrics.usual_seconds or _USUAL_SECONDS)
 
     async def _earlier(self, job: Job, picture: bytes | None) -> Job | None:
         key = job.idempotency_key
@@ -169,8 +176,8 @@ class VideoRunner:
         """Delete what has expired and what is over the budget; fail what nobody takes."""
         for job in await self.jobs.expired():
             await self.delete(job)
-        for job in await self.jobs.forgotten(self.options.ttl):
-            message = f"No server took the video within {self.options.ttl:g} seconds."
+        for job in await self.jobs.forgotten(self._model, self.options.ttl):
+            message = f"No server took the video, or any other of '{job.model}', within {self.options.ttl:g} seconds."
             await self.jobs.fail(job, code="expired", message=message, ttl=self.options.ttl)
         budget = self.options.disk_budget
         while budget is not None and await self.jobs.size() > budget and (first := await self.jobs.evictable()):
