@@ -26,10 +26,11 @@ from .idempotency import idempotency_key, seeded
 from .jobs import Job, Status, is_id
 from .models import check_model
 from .ranges import file_response
-from .runner import Variant, VideoRunner, file_name
+from .runner import VideoRunner
 from .trail import trail_of
 from .uploads import Fetched, check_picture, fetch_json, referenced
 from .video_request import Remix, VideoRequest
+from .video_stores import Variant, file_name
 
 router = APIRouter()
 

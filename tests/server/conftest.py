@@ -31,7 +31,8 @@ from darkroom.configs.config import Limits
 from darkroom.configs.operations import OperationsConfig
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
-from darkroom.server.runner import VideoOptions, VideoRunner, VideoStores, open_videos
+from darkroom.server.drain import Drain
+from darkroom.server.video_stores import VideoOptions, VideoStores, open_videos
 
 from .engine import ScriptedEngine, wait_until
 from .real import picture_model, video_model
@@ -71,7 +72,11 @@ class Server:
     client: EngineClient
     loop: asyncio.AbstractEventLoop
     uvicorn: uvicorn.Server
-    runner: VideoRunner | None = None
+
+    @property
+    def drain(self) -> Drain:
+        drain: Drain = self.uvicorn.config.app.state.context.drain
+        return drain
 
 
 VIDEO_CAPABILITIES = CAPABILITIES.override(
@@ -131,8 +136,7 @@ def serving(
             )
             server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            runner = app.state.context.videos
-            running.append(Server(url, engine, client, asyncio.get_running_loop(), server, runner))
+            running.append(Server(url, engine, client, asyncio.get_running_loop(), server))
             await server.serve(sockets=[listener])
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)

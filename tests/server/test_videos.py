@@ -55,7 +55,7 @@ def server(_video_server) -> Iterator[Server]:
         while found := http.get(PATH, params={"limit": 100}).json()["data"]:
             for one in found:
                 http.delete(f"{PATH}/{one['id']}")
-    assert wait_until(lambda: not _video_server.runner.is_working)
+    assert wait_until(lambda: not _video_server.drain.running)
     time.sleep(0.02)  # what was sent to the engine arrives before the next test
 
 
@@ -487,6 +487,17 @@ def test_remix_keeps_all_but_the_prompt(http, engine, kind):
     for bad in ({}, {"prompt": " "}, {"prompt": 1}, {"prompt": "x" * 32_001}):
         refused(http.post(f"{PATH}/{source['id']}/remix", json=bad), 400, "prompt")
     refused(http.post(f"{PATH}/video_none/remix", json={"prompt": "y"}), 404)
+
+
+def test_a_remix_of_what_is_gone_or_cannot_be_read(http, engine, folder):
+    engine.script = slow
+    source = http.post(PATH, data={"prompt": "x", "num_frames": "5"}, files={"input_reference": picture()}).json()["id"]
+    (folder / "files" / f"{source}.input").unlink()
+    message = refused(http.post(f"{PATH}/{source}/remix", json={"prompt": "y"}), 404, "id", "video_not_found")
+    assert "picture" in message
+    other = create(http)["id"]
+    sql(folder, f"UPDATE video_jobs SET request = '{{}}' WHERE id = '{other}'")
+    assert "version" in refused(http.post(f"{PATH}/{other}/remix", json={"prompt": "y"}), 400, "id")
 
 
 @pytest.mark.parametrize("what", ["edits", "extensions", "characters"])
