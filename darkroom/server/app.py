@@ -33,9 +33,10 @@ from .guard import Guard
 from .keys import Keys
 from .metrics import Metrics
 from .middleware import CrossOrigin, Envelope, Outermost
-from .runner import VideoRunner, VideoStores
+from .runner import VideoRunner
 from .traces import Traces
 from .trail import Observer
+from .video_stores import VideoStores
 
 _VERSION = importlib.metadata.version("darkroom")
 _DEFAULTS = OperationsConfig()

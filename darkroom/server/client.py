@@ -34,9 +34,13 @@ T = TypeVar("T")
 class EngineError(Exception):
     """The engine could not make a picture. The message is for the log; a client is told the reason only."""
 
-    def __init__(self, reason: Literal["internal", "unavailable", "busy"], message: str) -> None:
+    def __init__(
+        self, reason: Literal["internal", "unavailable", "busy"], message: str, *, began: bool = False
+    ) -> None:
         super().__init__(message)
         self.reason = reason
+        self.began = began
+        """The workers had the picture in hand: they may have been lost because of it."""
 
 
 class EngineClient:
@@ -75,7 +79,7 @@ class EngineClient:
         """
         if self.last_status.state != "ready":
             raise EngineError("unavailable", f"the engine is {self.last_status.state}")
-        id, ended = uuid.uuid4().hex, False
+        id, ended, began = uuid.uuid4().hex, False, False
         queue = self._waiters[id] = asyncio.Queue()
         try:
             await self._send(Generate(id=id, request=request))
@@ -84,11 +88,13 @@ class EngineClient:
                 event = await queue.get()
                 ended = isinstance(event, Finished | Failed | EngineError)
                 if isinstance(event, EngineError):
-                    raise event
+                    raise EngineError(event.reason, str(event), began=began)
                 if isinstance(event, Failed) and event.refusal:
                     raise event.refusal.as_error()
                 if isinstance(event, Failed):
-                    raise EngineError(event.reason, event.error)
+                    status = self.last_status  # what only waited fails, too, but after the engine has said `failed`
+                    raise EngineError(event.reason, event.error, began=began or status.state != "failed")
+                began = True
                 yield event
         finally:
             del self._waiters[id]

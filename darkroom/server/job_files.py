@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -61,15 +62,17 @@ class JobFiles:
             old = [meta["path"] for meta in page if meta["last_modified"].timestamp() < before]
             unwanted += [path for path in old if not is_wanted(path)]
         await self.delete(*unwanted)
-        return len(unwanted) + self._sweep_unfinished(before)
+        return len(unwanted) + await asyncio.to_thread(self._sweep_unfinished, before)
 
     def _sweep_unfinished(self, before: float) -> int:
         """The listing does not show them: what a server that was killed had begun to write."""
-        found = list(self._folder.glob(_UNFINISHED)) if self._folder else []
-        old = [file for file in found if file.stat().st_mtime < before]
-        for file in old:
-            file.unlink(missing_ok=True)
-        return len(old)
+        count = 0
+        for file in list(self._folder.glob(_UNFINISHED)) if self._folder else []:
+            with contextlib.suppress(FileNotFoundError):  # its server has just finished it
+                if file.stat().st_mtime < before:
+                    file.unlink()
+                    count += 1
+        return count
 
 
 async def open_files(place: str | Path) -> JobFiles:

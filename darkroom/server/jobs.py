@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +22,7 @@ import msgspec
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
@@ -62,7 +62,22 @@ _LOCKS = {
     "sqlite": ("SERIALIZABLE", "BEGIN IMMEDIATE"),
     "postgresql": ("READ COMMITTED", "SELECT pg_advisory_xact_lock(7235421)"),
 }
-"""By database: an isolation level, and a statement that keeps two servers from migrating at once."""
+"""By database: an isolation level, and a statement after which no other connection's transaction begins with it."""
+
+
+class QueueFull(Exception):
+    """As many jobs wait as may."""
+
+
+class Outline(msgspec.Struct, frozen=True, kw_only=True):
+    """What is shown of a request. Any field may be missing: the request may be of another version."""
+
+    prompt: str = ""
+    width: int = 0
+    height: int = 0
+    num_frames: int = 0
+    fps: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +100,11 @@ class Job:
     """JSON, without the picture that it may begin from."""
     has_picture: bool = False
     claim: str = ""
-    """Drawn anew each time that a server takes the job; names the files that it makes."""
+    """Drawn anew each time that a server takes the job, or leaves it; names the files that it makes."""
     lease: float = 0.0
     """When the claim lapses, unless it is renewed."""
     crashes: int = 0
-    """How often the engine's workers were lost while they had the job."""
+    """How often it came to nothing: the engine's workers were lost while they had it, or its files were not kept."""
     size: int = 0
     """Bytes of its files."""
     idempotency_key: str | None = None
@@ -127,6 +142,13 @@ class Job:
         request = msgspec.json.decode(self.request, type=Request)
         return request if picture is None else msgspec.structs.replace(request, images=(picture,))
 
+    def outline(self) -> Outline:
+        """Never raises: one job of another version must not take the list of all others with it."""
+        try:
+            return msgspec.json.decode(self.request, type=Outline)
+        except msgspec.DecodeError:
+            return Outline()
+
 
 def is_id(id: str) -> bool:
     """Whether it can be a job's. Such ids sort by the time of their creation, so a deleted one is a cursor, too."""
@@ -144,14 +166,20 @@ class JobStore:
         """Wait for what is under way."""
         await asyncio.gather(*self._under_way, return_exceptions=True)
 
-    async def add(self, job: Job) -> bool:
-        """False when there is another job with its idempotency key."""
+    async def add(self, job: Job, most_waiting: int | None = None) -> bool:
+        """False when there is another job with its idempotency key. Raises `QueueFull` where so many wait already."""
+        row = sa.select(*(sa.literal(value, JOBS.c[name].type) for name, value in asdict(job).items()))
+        if most_waiting is not None:
+            row = row.where(_waiting().scalar_subquery() < most_waiting)
+        insert = sa.insert(JOBS).from_select(list(asdict(job)), row)
         try:
-            return await self._change(sa.insert(JOBS).values(**asdict(job)))
+            if await self._run(insert, lambda result: result.rowcount, alone=True) == 0:
+                raise QueueFull
         except sa.exc.IntegrityError:
             if job.idempotency_key is None:
                 raise
             return False
+        return True
 
     async def get(self, id: str) -> Job | None:
         return await self._first(sa.select(JOBS).where(JOBS.c.id == id)) if is_id(id) else None
@@ -166,14 +194,18 @@ class JobStore:
         return await self._all(query)
 
     async def waiting(self) -> int:
-        query = sa.select(sa.func.count()).where(JOBS.c.status == "queued")
-        return int(await self._scalar(query))
+        return int(await self._scalar(_waiting()))
 
-    async def claim(self, model: str, lease: float) -> Job | None:
-        """Take the oldest job that waits, or whose claim has lapsed, for `lease` seconds."""
-        lapsed = sa.and_(JOBS.c.status == "in_progress", JOBS.c.lease < time.time())
-        free = sa.and_(JOBS.c.model == model, sa.or_(JOBS.c.status == "queued", lapsed))
+    async def claim(self, model: str, lease: float, *, alone: bool = True) -> Job | None:
+        """Take the oldest job that waits, or whose claim has lapsed, for `lease` seconds.
+
+        One that came to nothing before is only for a server that makes nothing beside it, `alone`. Until then none is
+        taken: else it might wait for ever.
+        """
+        free = sa.and_(JOBS.c.model == model, _free())
         while job := await self._first(sa.select(JOBS).where(free).order_by(JOBS.c.id).limit(1)):
+            if job.crashes and not alone:
+                return None
             taken = {"status": "in_progress", "claim": secrets.token_hex(16), "lease": time.time() + lease}
             if await self._change(sa.update(JOBS).where(_held(job), free).values(**taken)):
                 return Job(**{**asdict(job), **taken})
@@ -187,9 +219,13 @@ class JobStore:
         )
 
     async def release(self, job: Job, *, seconds: float = 0.0, crashed: bool = False) -> bool:
-        """Leave the job to whoever takes it next, after this many seconds."""
-        values = {"lease": time.time() + seconds, "crashes": JOBS.c.crashes + int(crashed)}
-        return await self._change(sa.update(JOBS).where(_held(job)).values(**values))
+        """Leave the job to whoever takes it next, after this many seconds.
+
+        The claim is over: a renewal that is still under way does not find it any more, and keeps nobody waiting.
+        """
+        values = {"claim": secrets.token_hex(16), "lease": time.time() + seconds}
+        crashes = JOBS.c.crashes + int(crashed)
+        return await self._change(sa.update(JOBS).where(_held(job)).values(**values, crashes=crashes))
 
     async def complete(self, job: Job, *, size: int, ttl: float) -> bool:
         now = int(time.time())
@@ -207,11 +243,17 @@ class JobStore:
     async def expired(self) -> Sequence[Job]:
         return await self._all(sa.select(JOBS).where(JOBS.c.expires_at <= time.time()))
 
-    async def forgotten(self, seconds: float) -> Sequence[Job]:
-        """Jobs that no server has taken for so long, as when their model is no longer served."""
+    async def forgotten(self, model: str, seconds: float) -> Sequence[Job]:
+        """Jobs of models that nobody serves: not `model`, and none of which any job was held for so long.
+
+        A server that is busy holds jobs of its model: what waits for it is not forgotten, however long that takes.
+        """
         before = time.time() - seconds
-        idle = sa.and_(JOBS.c.created_at < before, JOBS.c.lease < before)
-        return await self._all(sa.select(JOBS).where(JOBS.c.status.not_in(_FINISHED), idle))
+        held = JOBS.alias()
+        served = sa.select(held.c.model).where(held.c.lease >= before)
+        unserved = sa.and_(JOBS.c.model != model, JOBS.c.model.not_in(served))
+        waiting = sa.and_(JOBS.c.status.not_in(_FINISHED), JOBS.c.created_at < before)
+        return await self._all(sa.select(JOBS).where(waiting, unserved))
 
     async def size(self) -> int:
         """Bytes of all files."""
@@ -239,11 +281,15 @@ class JobStore:
     async def _scalar(self, query: sa.Select[Any]) -> Any:
         return await self._run(query, lambda result: result.scalar_one())
 
-    async def _run(self, statement: sa.Executable, read: Callable[[sa.CursorResult[Any]], T]) -> T:
+    async def _run(
+        self, statement: sa.Executable, read: Callable[[sa.CursorResult[Any]], T], *, alone: bool = False
+    ) -> T:
         """To the end, even if the caller is cancelled: else it would be open whether the statement takes effect."""
 
         async def run() -> T:
-            async with self._engine.connect() as connection:
+            opened: AbstractAsyncContextManager[AsyncConnection]
+            opened = _alone(self._engine) if alone else self._engine.connect()
+            async with opened as connection:
                 return read(await connection.execute(statement))
 
         task = asyncio.create_task(run())
@@ -255,6 +301,16 @@ class JobStore:
 def _held(job: Job) -> sa.ColumnElement[bool]:
     """The job is still what was read of it. A claim is never drawn twice, so its state has not changed either."""
     return sa.and_(JOBS.c.id == job.id, JOBS.c.claim == job.claim, JOBS.c.status.not_in(_FINISHED))
+
+
+def _free() -> sa.ColumnElement[bool]:
+    """The job is queued, or nobody's any more."""
+    lapsed = sa.and_(JOBS.c.status == "in_progress", JOBS.c.lease < time.time())
+    return sa.or_(JOBS.c.status == "queued", lapsed)
+
+
+def _waiting() -> sa.Select[int]:
+    return sa.select(sa.func.count()).where(_free())
 
 
 @asynccontextmanager
@@ -292,11 +348,18 @@ def _tune_sqlite(connection: Any, _: object) -> None:
     cursor.close()
 
 
-async def _migrate(engine: AsyncEngine) -> None:
+@asynccontextmanager
+async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A transaction that waits for the others of its kind, and sees all that they have done."""
     level, lock = _LOCKS.get(engine.dialect.name, ("SERIALIZABLE", ""))
     async with engine.execution_options(isolation_level=level).begin() as connection:
         if lock:
             await connection.exec_driver_sql(lock)
+        yield connection
+
+
+async def _migrate(engine: AsyncEngine) -> None:
+    async with _alone(engine) as connection:
         await connection.run_sync(_upgrade)
 
 

@@ -29,8 +29,8 @@ from .app import create_app
 from .client import EngineClient, EngineError
 from .drain import Drain
 from .protocol import HttpProtocol
-from .runner import VideoOptions, VideoStores, open_videos
 from .tls import tls_context
+from .video_stores import VideoOptions, VideoStores, open_videos
 from .videos import makes_videos
 
 _STOP_SECONDS = 2

@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NoReturn
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import NoReturn
 
 import msgspec
 
@@ -21,66 +19,27 @@ from darkroom.engine.messages import Finished, Progress
 
 from .client import EngineClient, EngineError, interleave
 from .drain import Drain
-from .errors import too_many
+from .errors import ApiError, too_many
 from .idempotency import HEADER
-from .job_files import JobFiles, open_files
-from .jobs import Job, JobStore, open_jobs
+from .jobs import Job, QueueFull
 from .metrics import Metrics
+from .video_stores import NotKept, VideoStores, logged, picture_name
 
 logger = logging.getLogger(__name__)
 
-Variant = Literal["video", "thumbnail", "spritesheet"]
-_ENDINGS: dict[Variant, str] = {"video": "mp4", "thumbnail": "webp", "spritesheet": "jpg"}
 _MAX_CRASHES = 2
-"""After so many losses of the workers a job is taken for their cause."""
+"""After so many tries that came to nothing a job is taken for their cause."""
 _BUSY_SECONDS = 2.0
 _USUAL_SECONDS = 60.0
 """That a video takes, until one was made."""
-_ORPHAN_SECONDS = 3600.0
-_DATABASE = "videos.sqlite"
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoOptions:
-    """Times are in seconds."""
-
-    ttl: float = 86_400.0
-    """How long a finished job is kept."""
-    disk_budget: int | None = None
-    """Bytes of all files; beyond it the videos that were completed first are deleted."""
-    max_waiting: int = 256
-    concurrency: int = 1
-    lease: float = 15.0
-    """After which a server that has said nothing is taken for dead."""
-    renewal: float = 1.0
-    """How often a claim is renewed, and progress written down."""
-    pause: float = 1.0
-    """How often the database is asked for work that other servers have left."""
-    cleaning: float = 60.0
-
-
-@dataclass(frozen=True)
-class VideoStores:
-    jobs: JobStore
-    files: JobFiles
-    options: VideoOptions
-
-
-@asynccontextmanager
-async def open_videos(
-    folder: Path, *, database_url: str | None, files_url: str | None, options: VideoOptions
-) -> AsyncIterator[VideoStores]:
-    """What is not elsewhere is in the folder. Raises `ConfigError`."""
-    files = await open_files(files_url or folder / "files")
-    if database_url is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        database_url = f"sqlite+aiosqlite:///{folder / _DATABASE}"
-    async with open_jobs(database_url) as jobs:
-        yield VideoStores(jobs, files, options)
 
 
 class ClaimLost(Exception):
-    """The job was deleted, or another server has taken it over."""
+    """The job was deleted, or another server has taken it over, or may have."""
+
+
+class NotBegun(Exception):
+    """What the job begins from cannot be read now. Nothing is lost by trying again."""
 
 
 class VideoRunner:
@@ -89,22 +48,21 @@ class VideoRunner:
     def __init__(
         self, stores: VideoStores, *, model: str, client: EngineClient, metrics: Metrics, drain: Drain
     ) -> None:
+        self._stores = stores
         self.jobs, self.files, self.options = stores.jobs, stores.files, stores.options
         self._model = model
         self._client = client
         self._metrics = metrics
         self._drain = drain
-        self._running: dict[asyncio.Task[None], str] = {}
-        """With their jobs' ids: two have the same when this server was stalled, and took its own job over."""
+        self._running: dict[asyncio.Task[None], Job] = {}
+        """One job may be there twice: when this server was stalled, and took its own job over."""
         self._news = asyncio.Event()
 
     @property
-    def is_working(self) -> bool:
-        return bool(self._running)
-
-    @property
     def _has_place(self) -> bool:
-        return len(self._running) < self.options.concurrency
+        """Beside a job that came to nothing before there is none: what it breaks would be laid to the others, too."""
+        is_alone = any(job.crashes for job in self._running.values())
+        return len(self._running) < self.options.concurrency and not is_alone
 
     async def submit(self, job: Job, picture: bytes | None) -> Job:
         """Accept it: from here on it is not lost. What was asked for with its key before is that job.
@@ -113,16 +71,23 @@ class VideoRunner:
         """
         if earlier := await self._earlier(job, picture):
             return earlier
-        if await self.jobs.waiting() >= self.options.max_waiting:
-            message = f"{self.options.max_waiting} videos are waiting already."
-            raise too_many(message, self._metrics.usual_seconds or _USUAL_SECONDS)
+        if await self.jobs.waiting() >= self.options.max_waiting:  # `add` counts, too: this saves writing the picture
+            raise self._too_many()
         if picture is not None:
-            await self.files.put(_picture_name(job), picture)
-        if await self.jobs.add(job):
-            self._news.set()
-            return job
-        await self.files.delete(_picture_name(job))  # the same was asked for at the same moment
+            await self.files.put(picture_name(job), picture)
+        try:
+            if await self.jobs.add(job, self.options.max_waiting):
+                self._news.set()
+                return job
+        except QueueFull:
+            await self.files.delete(picture_name(job))
+            raise self._too_many() from None
+        await self.files.delete(picture_name(job))  # the same was asked for at the same moment
         return await self.submit(job, picture)
+
+    def _too_many(self) -> ApiError:
+        message = f"{self.options.max_waiting} videos are waiting already."
+        return too_many(message, self._metrics.usual_seconds or _USUAL_SECONDS)
 
     async def _earlier(self, job: Job, picture: bytes | None) -> Job | None:
         key = job.idempotency_key
@@ -130,31 +95,41 @@ class VideoRunner:
             return None
         is_same = _asked(found) == _asked(job)
         if is_same and picture is not None:
-            is_same = picture == await self.files.read(_picture_name(found))
+            try:
+                is_same = picture == await self.files.read(picture_name(found))
+            except FileNotFoundError:
+                # Either the job was deleted a moment ago, and this is a new one; or all that is left to compare is the
+                # same, and a client that has only lost its answer is not to pay for another video.
+                return await self.jobs.get(found.id)
         if not is_same:
             raise RequestError(f"'{HEADER}' was sent before, with another request.", param=HEADER)
         return found
 
     async def request_of(self, job: Job) -> Request:
-        picture = await self.files.read(_picture_name(job)) if job.has_picture else None
-        return job.read_request(picture)
+        """Raises `ApiError` where it cannot be asked for again."""
+        try:
+            return await self._stores.request_of(job)
+        except FileNotFoundError:
+            message = f"The picture that the video '{job.id}' begins from is gone."
+            raise ApiError(404, message, param="id", code="video_not_found") from None
+        except msgspec.DecodeError:
+            message = f"The video '{job.id}' was asked for with another version of this server."
+            raise ApiError(400, message, param="id") from None
 
     async def delete(self, job: Job) -> bool:
         """Whether it was still there. Stops its work, on another server within a second."""
-        if not await self.jobs.delete(job.id):
-            return False
-        for task, id in self._running.items():
-            if id == job.id:
+        was_there = await self._stores.delete(job)
+        for task, other in self._running.items():
+            if other.id == job.id:
                 task.cancel()
-        await self.files.delete(_picture_name(job), *_names(job))
-        return True
+        return was_there
 
     async def run(self) -> NoReturn:
         """Until it is cancelled. What is under way then is left to the next server."""
-        cleaning = asyncio.create_task(self._keep_clean())
+        cleaning = asyncio.create_task(self._stores.keep_clean(self._model))
         try:
             while True:
-                with _logged("cannot take the next video"):
+                with logged("cannot take the next video"):
                     await self._take()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.options.pause):
@@ -166,39 +141,14 @@ class VideoRunner:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def clean(self) -> None:
-        """Delete what has expired and what is over the budget; fail what nobody takes."""
-        for job in await self.jobs.expired():
-            await self.delete(job)
-        for job in await self.jobs.forgotten(self.options.ttl):
-            message = f"No server took the video within {self.options.ttl:g} seconds."
-            await self.jobs.fail(job, code="expired", message=message, ttl=self.options.ttl)
-        budget = self.options.disk_budget
-        while budget is not None and await self.jobs.size() > budget and (first := await self.jobs.evictable()):
-            await self.delete(first)
-
-    async def sweep(self, age: float = _ORPHAN_SECONDS) -> int:
-        """Delete files that belong to no job, as a server leaves them that is killed; returns how many."""
-        claims = await self.jobs.claims()
-        return await self.files.sweep(lambda name: _belongs(name, claims), age)
-
-    async def _keep_clean(self) -> NoReturn:
-        swept = -_ORPHAN_SECONDS
-        while True:
-            with _logged("cannot clean up"):
-                if time.monotonic() - swept >= _ORPHAN_SECONDS:
-                    await self.sweep()
-                    swept = time.monotonic()
-                await self.clean()
-            await asyncio.sleep(self.options.cleaning)
-
     async def _take(self) -> None:
         """Jobs, for as long as there is a place for them. Without an engine none would get anywhere."""
         while self._has_place and self._client.last_status.state == "ready" and not self._drain.is_on:
-            if (job := await self.jobs.claim(self._model, self.options.lease)) is None:
+            job = await self.jobs.claim(self._model, self.options.lease, alone=not self._running)
+            if job is None:
                 return
             task = asyncio.create_task(self._run(job))
-            self._running[task] = job.id
+            self._running[task] = job
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -208,44 +158,60 @@ class VideoRunner:
     async def _run(self, job: Job) -> None:
         """One job, to whatever end it comes."""
         began = time.monotonic()
-        with self._drain.work(), _logged(f"cannot write down the end of {job.id}"):
+        with self._drain.work(), logged(f"cannot write down the end of {job.id}"):
             try:
                 await self._complete(job)
             except asyncio.CancelledError:  # the job was deleted, or the server stops
                 await self.jobs.release(job)
                 if await self.jobs.get(job.id) is None:
-                    await self.files.delete(*_names(job))
+                    await self._stores.discard(job)
             except ClaimLost:
-                await self.files.delete(*_names(job))
+                await self._stores.discard(job)
             except EngineError as e:
                 await self._engine_failed(job, e)
+            except NotBegun as e:
+                logger.warning("%s: %s", job.id, e)
+                await self.jobs.release(job, seconds=_BUSY_SECONDS)
+            except NotKept as e:
+                logger.error("%s: %s", job.id, e)
+                await self._try_again(job, "The video's files could not be kept", seconds=self.options.patience)
             except RequestError as e:  # of which only the workers could tell
-                await self._fail(job, str(e), e.code)
+                await self._stores.fail(job, str(e), e.code)
             except Exception:
                 logger.exception("%s failed", job.id)
-                await self._fail(job, "The server could not make the video; its log says why, under the video's id.")
+                message = "The server could not make the video; its log says why, under the video's id."
+                await self._stores.fail(job, message)
             else:
                 logger.info("video", extra=facts(video=job.id, seconds=round(time.monotonic() - began, 6)))
-                await self.clean()
+                await self._stores.clean(self._model)
 
     async def _complete(self, job: Job) -> None:
         percent = size = 0
-
-        async def hold() -> NoReturn:
-            while await self.jobs.renew(job, progress=percent, lease=self.options.lease):
-                await asyncio.sleep(self.options.renewal)
-            raise ClaimLost
-
-        async with aclosing(interleave([self._make(job)], hold)) as steps:
+        async with aclosing(interleave([self._make(job)], lambda: self._hold(job, lambda: percent))) as steps:
             async for _, step in steps:
                 percent, size = step
-        if not await self.jobs.complete(job, size=size, ttl=self.options.ttl):  # when nothing renews: that would fail
+        if not await self._stores.complete(job, size):  # when nothing renews: that would fail
             raise ClaimLost
+
+    async def _hold(self, job: Job, percent: Callable[[], int]) -> NoReturn:
+        """Renew the claim. While the database is away it is held, until it would have lapsed."""
+        lapses = time.monotonic() + self.options.lease
+        while True:
+            asked = time.monotonic()
+            try:
+                is_held = await self.jobs.renew(job, progress=percent(), lease=self.options.lease)
+                lapses = asked + self.options.lease
+            except Exception as e:  # each driver raises errors of its own
+                logger.warning("cannot renew the claim on %s: %r", job.id, e)
+                is_held = time.monotonic() < lapses
+            if not is_held:
+                raise ClaimLost
+            await asyncio.sleep(self.options.renewal)
 
     async def _make(self, job: Job) -> AsyncGenerator[tuple[int, int], None]:
         """Yields how far it is in per cent, and at the end the bytes that were written."""
         files: tuple[bytes, ...] = ()
-        request = msgspec.structs.replace(await self.request_of(job), stills=True)
+        request = msgspec.structs.replace(await self._read(job), stills=True)
         async with aclosing(self._client.generate(request)) as events:
             async for event in events:
                 self._metrics.observe(event)
@@ -254,55 +220,36 @@ class VideoRunner:
                         yield 99 * step // max(num_steps, 1), 0  # the last one is the file's
                     case Finished():
                         files = event.files
-        yield 99, await self._write(job, files)
+        yield 99, await self._stores.put(job, files)
 
-    async def _write(self, job: Job, files: tuple[bytes, ...]) -> int:
-        """The number of bytes. The names tell of the claim: what comes of another one is not overwritten."""
-        for variant, content in zip(_ENDINGS, files, strict=True):
-            await self.files.put(file_name(job, variant), content)
-        return sum(map(len, files))
+    async def _read(self, job: Job) -> Request:
+        """Raises `NotBegun`, or what no waiting mends."""
+        try:
+            return await self._stores.request_of(job)
+        except (FileNotFoundError, msgspec.DecodeError):
+            raise
+        except Exception as e:  # each store raises errors of its own
+            raise NotBegun(f"its picture cannot be read: {e!r}") from e
 
     async def _engine_failed(self, job: Job, error: EngineError) -> None:
         logger.warning("%s: %s", job.id, error)
         if error.reason == "internal":
-            await self._fail(job, "The model failed at this video; the server's log says why, under the video's id.")
+            message = "The model failed at this video; the server's log says why, under the video's id."
+            await self._stores.fail(job, message)
         elif error.reason == "busy":
             await self.jobs.release(job, seconds=_BUSY_SECONDS)
-        elif job.crashes + 1 < _MAX_CRASHES:
-            await self.jobs.release(job, crashed=True)
+        elif not error.began:  # the workers were lost before they had it
+            await self.jobs.release(job)
         else:
-            await self._fail(job, f"The model's workers were lost {_MAX_CRASHES} times while they made this video.")
+            await self._try_again(job, "The model's workers were lost while they made this video")
 
-    async def _fail(self, job: Job, message: str, code: str = "server_error") -> None:
-        if await self.jobs.fail(job, code=code, message=message, ttl=self.options.ttl):
-            await self.files.delete(*_names(job))
-
-
-def file_name(job: Job, variant: Variant) -> str:
-    return f"{job.id}-{job.claim}.{_ENDINGS[variant]}"
+    async def _try_again(self, job: Job, why: str, seconds: float = 0.0) -> None:
+        """But not for ever: what breaks the workers, or is never kept, would be made again and again."""
+        if job.crashes + 1 < _MAX_CRASHES:
+            await self.jobs.release(job, seconds=seconds, crashed=True)
+        else:
+            await self._stores.fail(job, f"{why}, and it was tried {_MAX_CRASHES} times.")
 
 
 def _asked(job: Job) -> tuple[object, ...]:
     return job.request, job.model, job.seconds, job.remixed_from, job.has_picture
-
-
-def _picture_name(job: Job) -> str:
-    return f"{job.id}.input"
-
-
-def _names(job: Job) -> list[str]:
-    return [file_name(job, variant) for variant in _ENDINGS] if job.claim else []
-
-
-def _belongs(name: str, claims: dict[str, str]) -> bool:
-    id, _, claim = name.partition(".")[0].partition("-")
-    return id in claims and claim in ("", claims[id])
-
-
-@contextlib.contextmanager
-def _logged(what: str) -> Iterator[None]:
-    """A database or a disk that is away for a while: the work goes on when it is back."""
-    try:
-        yield
-    except Exception:
-        logger.exception(what)

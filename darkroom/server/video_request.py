@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from darkroom.configs.capabilities import Capabilities
@@ -88,21 +89,28 @@ class Remix(BaseModel):
     def resolve(self, source: Request, capabilities: Capabilities) -> Request:
         """The request with all that the source was made with, its seed too, but for the prompt."""
         _check_picture(capabilities, has_picture=bool(source.images))
-        guidance: dict[str, Any] = {capabilities.guidance_parameter: source.guidance_scale}
-        params = SamplingParams(
-            width=source.width,
-            height=source.height,
-            images=source.images,
-            num_frames=source.num_frames,
-            fps=source.fps,
-            negative_prompt=source.negative_prompt,
-            num_inference_steps=source.num_inference_steps,
-            guidance_scale_2=source.guidance_scale_2,
-            max_sequence_length=source.max_sequence_length,
-            seed=source.seed,
-            **guidance,
-        )
-        return capabilities.resolve(self.prompt, params).as_file("mp4")
+        capabilities.resolve(self.prompt, _as_asked(source, capabilities))  # raises what the model can do no longer
+        return msgspec.structs.replace(source, prompt=self.prompt)
+
+
+def _as_asked(source: Request, capabilities: Capabilities) -> SamplingParams:
+    """Parameters to check a request with that was resolved before."""
+    guidance: dict[str, Any] = {"guidance_scale": source.embedded_guidance}
+    guidance[capabilities.guidance_parameter] = source.guidance_scale
+    cuts_prompts = capabilities.max_sequence_length is not None
+    return SamplingParams(
+        width=source.width,
+        height=source.height,
+        images=source.images,
+        num_frames=source.num_frames,
+        fps=source.fps,
+        negative_prompt=source.negative_prompt,
+        num_inference_steps=source.num_inference_steps,
+        guidance_scale_2=source.guidance_scale_2,
+        max_sequence_length=source.max_sequence_length if cuts_prompts else None,
+        seed=source.seed,
+        **guidance,
+    )
 
 
 def _check_picture(capabilities: Capabilities, *, has_picture: bool) -> None:

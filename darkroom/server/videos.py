@@ -24,10 +24,11 @@ from .idempotency import idempotency_key, seeded
 from .jobs import Job, Status, is_id
 from .models import check_model
 from .ranges import file_response
-from .runner import Variant, VideoRunner, file_name
+from .runner import VideoRunner
 from .trail import trail_of
 from .uploads import Sent, Source, referenced, take
 from .video_request import Remix, VideoRequest
+from .video_stores import Variant, file_name
 
 router = APIRouter()
 
@@ -70,7 +71,7 @@ class Video:
 
     @classmethod
     def of(cls, job: Job) -> Video:
-        request = job.read_request()
+        request = job.outline()
         return cls(
             id=job.id,
             model=job.model,

@@ -32,8 +32,9 @@ from darkroom.configs.config import Limits
 from darkroom.configs.operations import OperationsConfig
 from darkroom.server.app import create_app
 from darkroom.server.client import EngineClient
+from darkroom.server.drain import Drain
 from darkroom.server.protocol import HttpProtocol
-from darkroom.server.runner import VideoOptions, VideoRunner, VideoStores, open_videos
+from darkroom.server.video_stores import VideoOptions, VideoStores, open_videos
 
 from .engine import ScriptedEngine, wait_until
 from .real import picture_model, video_model
@@ -76,9 +77,9 @@ class Server:
     app: FastAPI
 
     @property
-    def runner(self) -> VideoRunner | None:
-        runner: VideoRunner | None = self.app.state.context.videos
-        return runner
+    def drain(self) -> Drain:
+        drain: Drain = self.app.state.context.drain
+        return drain
 
 
 VIDEO_CAPABILITIES = CAPABILITIES.override(

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from typing import NoReturn
 
+import msgspec
 import pytest
 
 from darkroom.configs.errors import RequestError
@@ -192,6 +193,38 @@ def test_fail_all_ends_every_wait_and_refuses_what_comes_after(engine):
         with pytest.raises(EngineError, match="failed"):
             await first_event(client)
         assert (await client.changed()).detail == "exit code 9"
+
+    run(engine, test)
+
+
+@pytest.mark.parametrize(
+    ("state", "before", "began"),
+    [
+        ("ready", (), True),
+        ("restarting", (), True),
+        ("failed", (), False),
+        ("failed", (Progress(id="", step=1, num_steps=2, seconds=0.1, batch_size=1),), True),
+    ],
+)
+def test_an_error_tells_whether_the_workers_had_the_picture(engine, state, before, began):
+    """An engine that cannot go on says so first, and then fails what has only waited."""
+
+    def script(message):
+        yield from (msgspec.structs.replace(event, id=message.id) for event in before)
+        engine.say(Status(state=state))
+        yield 0.05
+        yield Failed(id=message.id, error="lost", reason="unavailable")
+
+    async def test(client):
+        engine.script = script
+        with pytest.raises(EngineError) as caught:
+            async for _ in client.generate(REQUEST):
+                pass
+        assert caught.value.began is began
+        if state != "ready":
+            with pytest.raises(EngineError) as caught:
+                await first_event(client)
+            assert not caught.value.began
 
     run(engine, test)
 

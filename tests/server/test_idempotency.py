@@ -81,6 +81,13 @@ def test_a_video_that_is_asked_for_again_is_the_same_job(videos: httpx.Client, t
     assert ask(videos, "a").json()["id"] != first["id"]
 
 
+def test_a_video_whose_picture_is_gone_is_not_made_twice(videos: httpx.Client, tmp_path: Path) -> None:
+    first = ask(videos, "a").json()["id"]
+    (tmp_path / "files" / f"{first}.input").unlink()
+    assert ask(videos, "a").json()["id"] == first
+    assert ask(videos, "a", prompt="y").status_code == 400
+
+
 def test_a_remix_too(videos: httpx.Client) -> None:
     source = ask(videos, None).json()["id"]
     path = f"{VIDEOS}/{source}/remix"

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 
 import pytest
+from obstore.store import LocalStore
 
 from darkroom.configs.errors import ConfigError
-from darkroom.server.job_files import open_files
+from darkroom.server.job_files import JobFiles, open_files
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -59,6 +61,27 @@ def test_a_sweep_takes_what_was_left_half_written(tmp_path):
 
     assert asyncio.run(use()) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["b.mp4#1"]
+
+
+def test_a_large_folder_does_not_hold_up_the_event_loop(tmp_path):
+    threads = []
+
+    class Watched(type(tmp_path)):
+        def glob(self, pattern):
+            threads.append(threading.get_ident())
+            return super().glob(pattern)
+
+    asyncio.run(JobFiles(LocalStore(tmp_path), Watched(tmp_path)).sweep(lambda _: True, 60))
+    assert threads and threading.get_ident() not in threads
+
+
+def test_what_is_finished_during_a_sweep_is_left(tmp_path):
+    class Watched(type(tmp_path)):
+        def glob(self, pattern):
+            return [tmp_path / "gone.mp4#1", *super().glob(pattern)]
+
+    (tmp_path / "a.mp4#1").write_bytes(b"x")
+    assert asyncio.run(JobFiles(LocalStore(tmp_path), Watched(tmp_path)).sweep(lambda _: True, -60)) == 1
 
 
 def test_places_that_cannot_be_written(tmp_path, s3):

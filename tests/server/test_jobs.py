@@ -14,7 +14,7 @@ from alembic.migration import MigrationContext
 
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
-from darkroom.server.jobs import METADATA, Job, JobStore, open_jobs
+from darkroom.server.jobs import METADATA, Job, JobStore, Outline, QueueFull, open_jobs
 
 REQUEST = Request(
     task="text-to-video",
@@ -97,6 +97,22 @@ def test_no_two_jobs_have_the_same_key(url):
     using(url, test)
 
 
+def test_no_more_are_added_than_may_wait(url):
+    async def add(jobs: JobStore) -> bool:
+        try:
+            return await jobs.add(job(), 3)
+        except QueueFull:
+            return False
+
+    async def test(jobs: JobStore) -> None:
+        assert sum(await asyncio.gather(*(add(jobs) for _ in range(40)))) == 3 == await jobs.waiting()
+        taken = await jobs.claim("m", 60)
+        assert taken and await add(jobs) and not await add(jobs)
+        assert await jobs.release(taken) and await jobs.waiting() == 4  # it waits again, though it is in progress
+
+    using(url, test)
+
+
 def test_the_tables_of_the_first_version_are_brought_up_to_date(url):
     old = job(claim="c")
 
@@ -124,6 +140,18 @@ def test_a_picture_is_kept_apart():
     assert picture == b"\x89PNG" and made.has_picture and made.size == 4 and len(made.request) < 600
     assert made.read_request(picture).images == (picture,)
     assert made.read_request().images == ()
+
+
+@pytest.mark.parametrize(
+    ("request_", "outline"),
+    [
+        ('{"prompt": "y", "width": 64, "new": {}}', Outline(prompt="y", width=64)),
+        ('{"prompt": 5}', Outline()),
+        ("nonsense", Outline()),
+    ],
+)
+def test_a_request_of_another_version_is_shown_as_far_as_it_is_known(request_, outline):
+    assert job(request=request_).outline() == outline
 
 
 def _fields(request: Request) -> dict[str, object]:
@@ -206,10 +234,25 @@ def test_a_released_job_is_taken_when_its_time_has_come(url):
         await jobs.add(job())
         mine = await jobs.claim("m", 60)
         assert mine and await jobs.release(mine, seconds=0.3, crashed=True)
+        assert not await jobs.renew(mine, progress=0, lease=60)  # nor by what was under way
         assert await jobs.claim("m", 10) is None
         await asyncio.sleep(0.4)
         again = await jobs.claim("m", 10)
         assert again and again.crashes == 1
+
+    using(url, test)
+
+
+def test_a_job_that_came_to_nothing_is_for_a_server_that_makes_no_other(url):
+    async def test(jobs: JobStore) -> None:
+        first, second = sorted((job(), job()), key=lambda one: one.id)
+        await jobs.add(replace(first, crashes=1))
+        await jobs.add(second)
+        assert await jobs.claim("m", 10, alone=False) is None  # nor what came later: the first would wait for ever
+        taken = await jobs.claim("m", 10)
+        assert taken and taken.crashes == 1
+        later = await jobs.claim("m", 10, alone=False)
+        assert later and later.crashes == 0
 
     using(url, test)
 
@@ -225,13 +268,28 @@ def test_what_is_over(url):
         for one in (old, *done, gone):
             await jobs.add(one)
         assert [one.id for one in await jobs.expired()] == [gone.id]
-        assert [one.id for one in await jobs.forgotten(50)] == [old.id]
-        assert await jobs.forgotten(200) == []
+        assert [one.id for one in await jobs.forgotten("another model", 50)] == [old.id]
+        assert await jobs.forgotten("another model", 200) == await jobs.forgotten("m", 50) == []
         assert await jobs.size() == 45
         assert (await jobs.evictable()).id == done[1].id
         assert await jobs.delete(done[1].id) and not await jobs.delete(done[1].id)
         assert await jobs.delete(done[0].id)
         assert await jobs.evictable() is None
+
+    using(url, test)
+
+
+def test_what_waits_for_a_busy_server_of_another_model_is_not_forgotten(url):
+    now = int(time.time())
+    held = job(created_at=now - 100, status="in_progress", claim="c", lease=now + 10.0)
+    waiting, others = job(created_at=now - 100), job(created_at=now - 100, model="n")
+
+    async def test(jobs: JobStore) -> None:
+        for one in (held, waiting, others):
+            await jobs.add(one)
+        assert [one.id for one in await jobs.forgotten("o", 50)] == [others.id]
+        assert await jobs.release(held, seconds=-70)
+        assert {one.id for one in await jobs.forgotten("o", 50)} == {held.id, waiting.id, others.id}
 
     using(url, test)
 

@@ -17,16 +17,12 @@ import httpx
 import pytest
 from PIL import Image
 
-from darkroom.configs.capabilities import Capabilities
-from darkroom.configs.config import ServeConfig
-from darkroom.configs.errors import ConfigError
 from darkroom.engine.media import encode_picture
-from darkroom.engine.messages import Progress
-from darkroom.server import run
-from darkroom.server.runner import VideoOptions, open_videos
+from darkroom.engine.messages import Failed, Progress, Status
+from darkroom.server.job_files import JobFiles
 
-from .conftest import CAPABILITIES, QUICK, VIDEO_CAPABILITIES, Server, serving
-from .engine import ScriptedEngine, slow, video, wait_until
+from .conftest import QUICK, VIDEO_CAPABILITIES, Server, serving
+from .engine import ScriptedEngine, failing, slow, video, wait_until
 
 PATH = "/v1/videos"
 PICTURE = encode_picture(Image.new("RGB", (64, 48), "red"), "png", 100)
@@ -82,7 +78,7 @@ def test_a_server_that_drains_ends_what_it_has_begun_and_takes_nothing_new(tmp_p
     with running(tmp_path, _waits_for(tmp_path / "go")) as (http, server):
         ids = [create(http) for _ in range(3)]
         assert wait_until(lambda: len(server.engine.requests) == 2)
-        drain = server.uvicorn.config.app.state.context.drain
+        drain = server.drain
         draining = asyncio.run_coroutine_threadsafe(drain.finish(60), server.loop)
         assert wait_until(lambda: drain.is_on)
         refused = http.post(PATH, json={"prompt": "x"})
@@ -101,7 +97,7 @@ def test_what_does_not_end_in_time_is_parked(tmp_path):
     with running(tmp_path, slow) as (http, server):
         id = create(http)
         assert wait_until(lambda: len(server.engine.requests) == 1)
-        drain = server.uvicorn.config.app.state.context.drain
+        drain = server.drain
         started = time.monotonic()
         asyncio.run_coroutine_threadsafe(drain.finish(0.3), server.loop).result(30)
         assert 0.25 < time.monotonic() - started < 5
@@ -229,7 +225,7 @@ def test_a_server_that_says_nothing_loses_its_job_and_cannot_end_it(tmp_path):
         assert wait_until(lambda: status(b, id) == "completed", 10)
         content = b.get(f"{PATH}/{id}/content").content
         (tmp_path / "go").touch()
-        assert wait_until(lambda: not first.runner.is_working, 10)
+        assert wait_until(lambda: not first.drain.running, 10)
         assert len(second.engine.requests) == 1
         assert b.get(f"{PATH}/{id}/content").content == content
         assert len(list((tmp_path / "files").glob(f"{id}*"))) == 3
@@ -264,87 +260,86 @@ def test_jobs_and_files_that_are_elsewhere(tmp_path, place, request):
     assert not (tmp_path / elsewhere).exists()
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
+# ---- how many wait ---------------------------------------------------------------------------------------------------
 
 
-def test_what_has_expired_is_deleted(tmp_path):
-    with running(tmp_path, ttl=1.0, cleaning=0.1) as (http, _):
-        id = create(http)
+def test_no_more_wait_than_may_though_all_come_at_once(tmp_path):
+    with running(tmp_path, max_waiting=2) as (http, server), ThreadPoolExecutor(16) as pool:
+        server.engine.say(Status(state="restarting"))
+        assert wait_until(lambda: server.client.last_status.state == "restarting")
+
+        def post(_: int) -> httpx.Response:
+            return http.post(PATH, data={"prompt": "x", "num_frames": "1"}, files={"input_reference": PICTURE})
+
+        answers = list(pool.map(post, range(40)))
+        assert sorted(answer.status_code for answer in answers) == [200] * 2 + [429] * 38
+        assert all(int(answer.headers["retry-after"]) > 0 for answer in answers if answer.status_code == 429)
+        assert len(list((tmp_path / "files").iterdir())) == 2
+
+
+# ---- jobs that come to nothing ---------------------------------------------------------------------------------------
+
+
+def test_only_the_job_that_kills_the_workers_is_charged(tmp_path):
+    """Two are made at a time. The other one is lost with the first once, and then made by itself."""
+    crashes: list[str] = []
+    together: list[int] = []
+    under_way: set[str] = set()
+
+    def script(message):
+        under_way.add(message.id)
+        together.append(len(under_way))
+        yield Progress(id=message.id, step=1, num_steps=4, seconds=0.1, batch_size=1)
+        before = len(crashes)
+        if message.request.prompt == "guilty":
+            while not crashes and len(under_way) < 2:
+                yield 0.02
+            yield 0.1
+            crashes.append(message.id)
+        while not crashes:
+            yield 0.02
+        yield 0.1
+        under_way.discard(message.id)
+        if len(crashes) > before:
+            yield Failed(id=message.id, error="lost", reason="unavailable")
+        else:
+            yield from video(message)
+
+    with running(tmp_path, script, lease=30.0) as (http, _):
+        guilty, innocent, later = (create(http, prompt=prompt) for prompt in ("guilty", "innocent", "later"))
+        assert wait_until(lambda: status(http, guilty) == "failed", 20)
+        assert "workers" in http.get(f"{PATH}/{guilty}").json()["error"]["message"]
+        assert wait_until(lambda: [status(http, id) for id in (innocent, later)] == ["completed"] * 2, 20)
+    assert len(crashes) == 2 and together[:4] == [1, 2, 1, 1]
+
+
+def test_workers_that_were_lost_before_the_job_began_are_not_its_fault(tmp_path, monkeypatch):
+    with running(tmp_path) as (http, server):
+        read, times = JobFiles.read, []
+
+        async def read_while_the_workers_go(self, name):
+            times.append(name)
+            if len(times) <= 3:
+                server.engine.say(Status(state="restarting"))
+                while server.client.last_status.state == "ready":
+                    await asyncio.sleep(0.01)
+            return await read(self, name)
+
+        monkeypatch.setattr(JobFiles, "read", read_while_the_workers_go)
+        body = {"data": {"prompt": "x", "num_frames": "1"}, "files": {"input_reference": PICTURE}}
+        id = http.post(PATH, **body).json()["id"]
+        for count in (1, 2, 3):
+            assert wait_until(lambda count=count: len(times) == count, 10)
+            assert wait_until(lambda: server.client.last_status.state == "restarting", 10)
+            time.sleep(0.1)
+            server.engine.say(Status(state="ready"))
         assert wait_until(lambda: status(http, id) == "completed", 10)
-        expires_at = http.get(f"{PATH}/{id}").json()["expires_at"]
-        assert wait_until(lambda: status(http, id) == "404", 10)
-        assert time.time() >= expires_at
-        assert wait_until(lambda: not list((tmp_path / "files").iterdir()), 5)
+        assert sql(tmp_path, "SELECT crashes FROM video_jobs") == [(0,)]
 
 
-def test_a_job_that_no_server_takes_fails_in_the_end(tmp_path):
-    with running(tmp_path, slow) as (http, _):
+def test_workers_that_are_lost_at_once_are_its_fault(tmp_path):
+    """As while the prompt is encoded, before there is any step."""
+    with running(tmp_path, failing("unavailable")) as (http, server):
         id = create(http)
-    sql(tmp_path, "UPDATE video_jobs SET created_at = created_at - 1000, lease = 0, model = 'gone'")
-    with running(tmp_path, ttl=60.0, cleaning=0.1) as (http, _):
         assert wait_until(lambda: status(http, id) == "failed", 10)
-        assert http.get(f"{PATH}/{id}").json()["error"]["code"] == "expired"
-
-
-def test_the_first_to_be_completed_go_when_the_budget_is_spent(tmp_path):
-    with running(tmp_path) as (http, _):
-        ids = [create(http) for _ in range(4)]
-        assert wait_until(lambda: {status(http, id) for id in ids} == {"completed"}, 10)
-    size = sum(file.stat().st_size for file in (tmp_path / "files").iterdir())
-    with running(tmp_path, disk_budget=size * 3 // 4, cleaning=0.1) as (http, _):
-        assert wait_until(lambda: status(http, min(ids)) == "404", 10)
-        left = sum(file.stat().st_size for file in (tmp_path / "files").iterdir())
-        assert size // 2 < left <= size * 3 // 4
-    with running(tmp_path, disk_budget=1, cleaning=0.1) as (http, _):
-        assert wait_until(lambda: len(http.get(PATH).json()["data"]) == 1, 10)
-        time.sleep(0.3)
-        assert len(http.get(PATH).json()["data"]) == 1  # the newest stays, however small the budget is
-
-
-def test_files_of_no_job_are_swept_at_the_start(tmp_path):
-    with running(tmp_path) as (http, _):
-        id = create(http)
-        assert wait_until(lambda: status(http, id) == "completed", 10)
-    files = tmp_path / "files"
-    kept = {file.name for file in files.iterdir()}
-    orphans = ("video_0-1.mp4", f"{id}-0123.mp4", "video_0.input", f"{id}-1.mp4#1")
-    for name in (*orphans, *kept):
-        (files / name).touch()
-        os.utime(files / name, (time.time() - 7200,) * 2)
-    (files / "video_1-1.mp4").touch()  # written by another server a moment ago
-    with running(tmp_path):
-        assert wait_until(lambda: {file.name for file in files.iterdir()} == {*kept, "video_1-1.mp4"}, 5)
-
-
-def test_a_folder_that_cannot_be_had_is_named(tmp_path):
-    (tmp_path / "file").touch()
-
-    async def use():
-        async with open_videos(tmp_path / "file", database_url=None, files_url=None, options=VideoOptions()):
-            pass
-
-    with pytest.raises(ConfigError, match="--data-dir"):
-        asyncio.run(use())
-
-
-def test_the_flags_of_the_job_store_are_its_options(tmp_path: Path, postgresql: str, s3: str) -> None:
-    config = ServeConfig(
-        model="x", data_dir=tmp_path, database_url=postgresql, files_url=s3, job_ttl=60, disk_budget=0.5, max_queue=7,
-        max_videos=3,
-    )  # fmt: skip
-
-    async def use() -> VideoOptions | None:
-        assert await opened(config, CAPABILITIES) is None  # makes no videos
-        return await opened(config, VIDEO_CAPABILITIES)
-
-    async def opened(config: ServeConfig, capabilities: Capabilities) -> VideoOptions | None:
-        async with run._stores(config, capabilities) as stores:
-            if stores is None:
-                return None
-            await stores.files.put("a", b"x")
-            assert await stores.jobs.waiting() == 0
-            return stores.options
-
-    expected = VideoOptions(ttl=60, disk_budget=500_000_000, max_waiting=7, concurrency=3)
-    assert asyncio.run(use()) == expected
-    assert list(tmp_path.iterdir()) == []  # it is all elsewhere
+        assert len(server.engine.requests) == 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from darkroom.configs.errors import RequestError
@@ -49,6 +50,17 @@ def test_a_remix_has_all_of_its_source_but_the_prompt():
     remix = Remix(prompt="y").resolve(source, VIDEO_CAPABILITIES)
     changed = {name for name in source.__struct_fields__ if getattr(source, name) != getattr(remix, name)}
     assert changed == {"prompt"} and remix.prompt == "y"
+
+
+def test_a_remix_keeps_what_parameters_cannot_say():
+    """A model that cuts no prompt off takes no `max_sequence_length`, and one with both strengths names them both."""
+    capabilities = VIDEO_CAPABILITIES.override(
+        {"max_sequence_length": None, "guidance_parameter": "true_cfg_scale", "embedded_guidance": 3.5}
+    )
+    source = resolved(capabilities, true_cfg_scale=2.0, guidance_scale=6.0, num_frames=9).request
+    source = msgspec.structs.replace(source, partial_images=2)
+    assert source.embedded_guidance == 6.0
+    assert Remix(prompt="y").resolve(source, capabilities) == msgspec.structs.replace(source, prompt="y")
 
 
 def test_a_remix_for_a_model_that_can_do_less():

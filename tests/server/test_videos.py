@@ -4,8 +4,11 @@ import asyncio
 import base64
 import io
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -17,7 +20,7 @@ from PIL import Image
 from darkroom.configs.config import Limits
 from darkroom.engine.messages import Progress, Refusal, Status
 
-from .conftest import NAME, VIDEO_CAPABILITIES, Server, serving
+from .conftest import NAME, QUICK, VIDEO_CAPABILITIES, Server, serving
 from .engine import ScriptedEngine, failing, finished, slow, video, wait_until
 from .test_uploads import HOSTILE, data_url
 
@@ -48,7 +51,7 @@ def server(_video_server) -> Iterator[Server]:
         while found := http.get(PATH, params={"limit": 100}).json()["data"]:
             for one in found:
                 http.delete(f"{PATH}/{one['id']}")
-    assert wait_until(lambda: not _video_server.runner.is_working)
+    assert wait_until(lambda: not _video_server.drain.running)
     time.sleep(0.02)  # what was sent to the engine arrives before the next test
 
 
@@ -87,6 +90,11 @@ def refused(response, status=400, param=None, code=None):
     assert param is None or error["param"] == param, error
     assert code is None or error["code"] == code, error
     return error["message"]
+
+
+def sql(folder: Path, statement: str) -> None:
+    with closing(sqlite3.connect(folder / "videos.sqlite")) as database, database:
+        database.execute(statement)
 
 
 def picture(size=(64, 48), file_format="PNG") -> bytes:
@@ -213,6 +221,20 @@ def test_a_video_begins_with_a_picture(http, engine, reference):
     request = engine.requests[0].request
     assert request.task == "image-to-video" and Image.open(io.BytesIO(request.images[0])).size == (64, 48)
     assert made.json()["size"] == f"{request.width}x{request.height}" == "160x96"
+
+
+def test_a_page_has_20_videos_unless_it_is_told(tmp_path):
+    many = replace(QUICK, max_waiting=30)
+    with (
+        ScriptedEngine() as engine,
+        serving(engine, capabilities=VIDEO_CAPABILITIES, folder=tmp_path, options=many) as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        engine.script = slow
+        for _ in range(21):
+            create(http)
+        page = http.get(PATH).json()
+        assert (len(page["data"]), page["has_more"]) == (20, True)
 
 
 def test_the_fetcher_refuses_this_machine(tmp_path):
@@ -413,6 +435,18 @@ def test_pages(http, engine):
     assert http.get(PATH, params={"after": newest[-1]}).json()["data"] == []
 
 
+@pytest.mark.parametrize("stored", ['{"prompt": "old", "width": 64, "height": 48, "x": 1}', "nonsense"])
+def test_a_job_of_another_version_is_listed_with_the_others(http, engine, folder, stored):
+    engine.script = slow
+    ids = [create(http)["id"] for _ in range(3)]
+    sql(folder, f"UPDATE video_jobs SET request = '{stored}' WHERE id = '{ids[1]}'")
+    shown = {video["id"]: video for video in http.get(PATH).json()["data"]}
+    assert set(shown) == set(ids) and shown[ids[0]]["prompt"] == "a red ball"
+    expected = ("old", "64x48") if stored != "nonsense" else ("", "0x0")
+    assert (shown[ids[1]]["prompt"], shown[ids[1]]["size"]) == expected
+    assert http.get(f"{PATH}/{ids[1]}").json()["prompt"] == expected[0]
+
+
 @pytest.mark.parametrize(
     ("query", "status", "param"),
     [
@@ -450,6 +484,17 @@ def test_remix_keeps_all_but_the_prompt(http, engine, kind):
     for bad in ({}, {"prompt": " "}, {"prompt": 1}, {"prompt": "x" * 32_001}):
         refused(http.post(f"{PATH}/{source['id']}/remix", json=bad), 400, "prompt")
     refused(http.post(f"{PATH}/video_none/remix", json={"prompt": "y"}), 404)
+
+
+def test_a_remix_of_what_is_gone_or_cannot_be_read(http, engine, folder):
+    engine.script = slow
+    source = http.post(PATH, data={"prompt": "x", "num_frames": "5"}, files={"input_reference": picture()}).json()["id"]
+    (folder / "files" / f"{source}.input").unlink()
+    message = refused(http.post(f"{PATH}/{source}/remix", json={"prompt": "y"}), 404, "id", "video_not_found")
+    assert "picture" in message
+    other = create(http)["id"]
+    sql(folder, f"UPDATE video_jobs SET request = '{{}}' WHERE id = '{other}'")
+    assert "version" in refused(http.post(f"{PATH}/{other}/remix", json={"prompt": "y"}), 400, "id")
 
 
 @pytest.mark.parametrize("what", ["edits", "extensions", "characters"])
