@@ -58,7 +58,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "parallel": ("configs",),
     "models": ("parallel", "configs"),
     "engine.messages": ("configs",),
-    "engine.media": ("configs",),
+    "engine.stills": (),
+    "engine.media": ("engine.stills", "configs"),
     "engine.scheduler": ("engine.messages", "configs"),
     "engine.workers": ("engine.messages", "models", "configs"),  # models: which modules worker processes share
     "engine.engine": ("engine.scheduler", "engine.workers", "engine.messages", "configs"),

@@ -52,6 +52,7 @@ SERVE_FLAGS = [
     ("--max-videos", "2", "max_videos", 2),
     ("--omni", None, "omni", True),
     ("--max-upload-mb", "7", "max_upload_mb", 7),
+    ("--max-uploads-mb", "7", "max_uploads_mb", 7),
     ("--max-image-mb", "7", "max_image_mb", 7),
     ("--max-image-pixels", "7", "max_image_pixels", 7),
     ("--max-form-fields", "7", "max_form_fields", 7),

@@ -277,7 +277,7 @@ def test_what_cannot_be_for_this_model_is_refused_before_anything_is_fetched(_se
         form = [("url", (None, remote["image_url"]))] * 120
         refusal(http.post(EDITS, files=form), "prompt", MISSING)
         refusal(http.post(EDITS, files=[*form, ("prompt", (None, "x"))]), "image")
-        refusal(http.post(VARIATIONS, files=form), "model")
+        refusal(http.post(VARIATIONS, files=form[:1]), "model")
 
 
 def test_a_variation_may_be_of_a_picture_elsewhere(_server: Server) -> None:
