@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import Capabilities
@@ -20,6 +22,31 @@ from .text_encoders import QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, processor_files
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+_CONTRACTION = re.compile(r"[a-zA-Z]+'[a-zA-Z]+")
+_QUOTED = re.compile("'[^']*'|\"[^\"]*\"|\u2018[^\u2018\u2019]*\u2019|\u201c[^\u201c\u201d]*\u201d")
+
+
+def split_quotation(prompt: str) -> list[tuple[str, bool]]:
+    """The prompt's parts, and whether each is a quotation: those are read letter by letter, quotes included.
+
+    An apostrophe inside a word is no quote. diffusers 0.42's own function loses words where several have one, and
+    which ones, in the order of a set of strings: each process, having its own, would read another prompt.
+    """
+    hidden = _CONTRACTION.sub(lambda word: word[0].replace("'", "-"), prompt)  # as long as the prompt
+    parts, end = [], 0
+    for quoted in _QUOTED.finditer(hidden):
+        parts += [(prompt[end : quoted.start()], False), (prompt[quoted.start() : quoted.end()], True)]
+        end = quoted.end()
+    return [(text, is_quoted) for text, is_quoted in (*parts, (prompt[end:], False)) if text]
+
+
+def mend_quotations(pipe: Any) -> None:
+    """Let this pipeline read prompts by `split_quotation` above: its own method, where it looks for that name."""
+    stock = type(pipe)._encode_prompt
+    pipe._encode_prompt = MethodType(
+        FunctionType(stock.__code__, {**stock.__globals__, "split_quotation": split_quotation}), pipe
+    )
 
 
 class LongCatImage(FluxForm):
@@ -53,6 +80,10 @@ class LongCatImage(FluxForm):
     unused: ClassVar[tuple[str, ...]] = (
         "text_processor",
     )  # it rewrites prompts, which no request asks for; and loading it needs torchvision
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        mend_quotations(self.pipe)
 
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pads to the window, which is the pipeline's attribute: the picture's positions begin behind it."""
@@ -120,7 +151,6 @@ class LongCatImageEdit(LongCatImage):
 
     def _cut(self, prompt: str, window: int) -> str:
         """The prompt's beginning of at most `window` tokens. diffusers 0.42's own cut fails on its warning."""
-        from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import split_quotation
 
         def too_long(length: int) -> bool:
             words = [part for text, quoted in split_quotation(prompt[:length]) for part in (text if quoted else [text])]
