@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
 _VIDEO = {"num_frames", "frames", "video_length", "video"}
 _CONTROLS = {"control_image", "control_guidance_start", "controlnet_conditioning_scale"}
+_AURA_FLOW = "AuraFlowTransformer2DModel"
 _VAE_PLANS = {"AutoencoderKL": autoencoder_kl.VAE.plan, "AutoencoderKLFlux2": autoencoder_kl.VAE.plan}
 
 
@@ -139,8 +140,10 @@ def _capabilities(
         family=name,
         tasks=_tasks(pipeline),
         max_images=int("image" in call),
+        **_picture_limits(pipeline),
         size_multiple=unit,
         min_edge=unit,
+        max_edge=_max_edge(configs["transformer"], unit),
         max_pixels=4 * math.prod(default_size),
         default_size=default_size,
         num_inference_steps=steps,
@@ -187,6 +190,22 @@ def _sizes(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> tuple[
     checked = re.findall(r"(?:height|width) % (\d+)", pipeline.code("check_inputs"))
     edge = (pipeline.constant("default_sample_size") or transformer.get("sample_size") or 128) * scale
     return math.lcm(scale * patch, *map(int, checked)), (call["width"] or edge, call["height"] or edge)
+
+
+def _picture_limits(pipeline: Source) -> dict[str, Any]:
+    """What FLUX.2's pipelines ask of pictures. The others scale what they get."""
+    processor = find_class("Flux2ImageProcessor", "pipelines")
+    if processor is None or "Flux2ImageProcessor(" not in pipeline.code("__init__"):
+        return {}
+    limits = processor.parameters("check_image_input")
+    return {"min_image_edge": limits["min_side_length"], "max_aspect_ratio": limits["max_aspect_ratio"]}
+
+
+def _max_edge(transformer: Mapping[str, Any], unit: int) -> int | None:
+    """As far as its table of positions reaches. AuraFlow's says how many there are in all, the others' on an edge."""
+    if (tokens := transformer.get("pos_embed_max_size")) is None:
+        return None
+    return unit * (math.isqrt(tokens) if transformer.get("_class_name") == _AURA_FLOW else tokens)
 
 
 def _packing(pipeline: Source) -> str:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     Decode = Callable[[torch.Tensor], torch.Tensor]
 
+PROMPTS = ("prompt", "negative_prompt")
+"""The fields of a request that the guidance branches read, in the order of `Model.prompts`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Component:

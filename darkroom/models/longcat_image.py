@@ -15,7 +15,7 @@ from darkroom.configs.request import Request
 from darkroom.parallel.plan import Colwise
 
 from .autoencoder_kl import VAE
-from .base import Component, Sample, noise_generator
+from .base import PROMPTS, Component, Sample, noise_generator
 from .flux_form import FluxForm, transformer_plan
 from .text_encoders import QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, processor_files
 
@@ -105,8 +105,8 @@ class LongCatImageEdit(LongCatImage):
 
     pipelines = ("LongCatImageEditPipeline",)
     capabilities = LongCatImage.capabilities.override(
-        {"family": "LongCat-Image-Edit", "tasks": ("edit",), "max_images": 1}
-    )
+        {"family": "LongCat-Image-Edit", "tasks": ("edit",), "max_images": 1, "max_edge": 200 * 64}
+    )  # the text encoder sees the picture in the shape that is asked for, and none that is thinner
     components: ClassVar = {**LongCatImage.components, "text_encoder": QWEN2_5_VL_WITH_VISION}
     files = (*FluxForm.files, processor_files("text_processor"))
     unused = ()
@@ -130,7 +130,10 @@ class LongCatImageEdit(LongCatImage):
         resize, width, height = self.pipe.image_processor.resize, request.width, request.height
         picture = resize(load_picture(request.images[0]).convert("RGB"), height, width)
         seen = resize(picture, height // 2, width // 2)
-        texts = [self._read(prompt, seen, request.max_sequence_length) for prompt in self.prompts(request)]
+        prompts = self.prompts(request)
+        for param, prompt in zip(PROMPTS, prompts, strict=False):
+            self.pipe.text_processor.check(prompt, param)
+        texts = [self._read(prompt, seen, request.max_sequence_length) for prompt in prompts]
         latents, context, *positions = self.pipe.prepare_latents(
             self.pipe.image_processor.preprocess(picture, height, width),
             1,

@@ -262,6 +262,8 @@ def test_capabilities_are_the_pipelines_own(folders: dict[str, Path], tmp_path: 
         klein.resolve("a cat", SamplingParams(negative_prompt="red"))
     aura = Checkpoint.open(str(folders["aura_flow"])).capabilities
     assert (aura.num_inference_steps, aura.guidance_scale, aura.text_window) == (50, 3.5, 256)
+    assert (klein.max_edge, aura.max_edge) == (None, 32 * 16)  # AuraFlow's table has 1024 positions
+    assert (klein.min_image_edge, klein.max_aspect_ratio) == (64, 8)
     own = renamed(folders["flux"], tmp_path / "own", "FluxPipeline")
     (own / "darkroom.json").write_text(json.dumps({"num_inference_steps": 4, "default_size": [64, 48]}))
     flux = Checkpoint.open(str(own)).capabilities

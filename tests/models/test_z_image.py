@@ -26,3 +26,11 @@ def test_the_base_model_is_guided_and_turbo_is_not(checkpoints: dict[str, Path],
     base = Checkpoint.open(str(folder)).capabilities
     assert (base.num_inference_steps, base.guidance_scale) == (50, 4.0)
     assert Checkpoint.open(str(folder)).notes(ParallelConfig(cfg_parallel_size=2)) == []
+
+
+def test_no_edge_is_longer_than_its_table_of_positions(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["z_image_4_heads"], tmp_path / "short"))
+    assert Checkpoint.open(str(folder)).capabilities.max_edge == 512 * 16
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "axes_lens": [1024, 64, 48]}))
+    assert Checkpoint.open(str(folder)).capabilities.max_edge == 48 * 16
