@@ -156,7 +156,12 @@ class LongCatImageEdit(LongCatImage):
         """The prompt's beginning of at most `window` tokens. diffusers 0.42's own cut fails on its warning."""
 
         def too_long(length: int) -> bool:
-            words = [part for text, quoted in split_quotation(prompt[:length]) for part in (text if quoted else [text])]
-            return sum(len(self.pipe.tokenizer(word, add_special_tokens=False).input_ids) for word in words) > window
+            return self._count(prompt[:length]) > window
 
+        if not too_long(len(prompt)):  # though some of its beginnings may be: those that end within a quotation
+            return prompt
         return prompt[: bisect_left(range(1, len(prompt) + 1), True, key=too_long)]
+
+    def _count(self, prompt: str) -> int:
+        words = [part for text, quoted in split_quotation(prompt) for part in (text if quoted else [text])]
+        return sum(len(self.pipe.tokenizer(word, add_special_tokens=False).input_ids) for word in words)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -50,6 +51,19 @@ def test_a_batch_of_unequal_prompts_is_each_alone(folder: Path) -> None:
     both = [request("a cat"), request("three tiny yellow stars and a very large orange house " * 4, seed=1)]
     with worker(folder, ParallelConfig()) as one:
         assert difference(generate(one, both, batched=True), generate(one, both)) <= TOLERANCE
+
+
+def test_a_prompt_that_fits_is_not_cut(checkpoints: dict[str, Path]) -> None:
+    """Not even where some of its beginnings do not fit."""
+    draw = random.Random(0)
+    words = ["quick", "strawberry", "extraordinarily", "'hello'", '"sign"', "it's", "caterpillar", "'big", "house'"]
+    with worker(checkpoints["longcat_image_edit_4_heads"], ParallelConfig()) as one:
+        model: Any = one.model
+        for _ in range(200):
+            prompt = " ".join(draw.choices(words, k=12))
+            tokens = model._count(prompt)
+            assert model._cut(prompt, tokens) == prompt
+            assert model._count(model._cut(prompt, tokens - 1)) < tokens
 
 
 # ---- quotations ------------------------------------------------------------------------------------------------------
