@@ -179,6 +179,20 @@ def test_what_cannot_be_spread_is_refused(folders: dict[str, Path], tmp_path: Pa
     assert "tp parallelism" in refusal({"tp": 2}, folders["aura_flow"])
 
 
+def test_a_kernel_is_used_or_refused(folders: dict[str, Path]) -> None:
+    """With a sequence plan and without."""
+    for name in ("flux", "flux2_klein"):
+        with worker(folders[name], ParallelConfig(), attention_backend="_native_math") as one:
+            modules = one.model.pipe.transformer.modules()
+            assert {x.processor._attention_backend for x in modules if hasattr(x, "processor")} == {"_native_math"}
+    for name in ("aura_flow", "pixart_sigma"):
+        with (
+            pytest.raises(ConfigError, match=r"_native_math: \w+ attends with a kernel of its own; leave it at auto"),
+            worker(folders[name], ParallelConfig(), attention_backend="_native_math"),
+        ):
+            pass
+
+
 def test_a_vae_without_a_plan_decodes_on_one_rank(tmp_path: Path) -> None:
     folder = tiny.sana(tmp_path / "sana")
     assert "has no plan for vae parallelism; it has: cfg" in refusal({"cfg": 2, "vae-pp": 2}, folder)
