@@ -177,9 +177,16 @@ class Capabilities(BaseModel):
         """What the model makes of a picture of `size`: as large where it is drawn over, else only of its shape."""
         unit = self.size_multiple
         own = self._rounded(size, unit)
-        if task in ("inpaint", "image-to-image") and own[0] * own[1] <= self.max_pixels:
+        if task in ("inpaint", "image-to-image") and own == self._bounded(own) and own[0] * own[1] <= self.max_pixels:
             return own
-        return self._rounded(fit_area(size, self.image_area), unit)
+        return self._bounded(self._rounded(fit_area(size, self.image_area), unit))
+
+    def _bounded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """With no edge longer than the model draws."""
+        if self.max_edge is None:
+            return size
+        longest = self.max_edge // self.size_multiple * self.size_multiple
+        return min(size[0], longest), min(size[1], longest)
 
     def _rounded(self, size: tuple[int, int], unit: int) -> tuple[int, int]:
         width, height = (max(round(edge / unit), math.ceil(self.min_edge / unit)) * unit for edge in size)

@@ -267,6 +267,10 @@ def test_what_a_request_brings_says_what_is_done() -> None:
         (DRAWS_OVER.override({"image_area": 128 * 128}), picture_file(1024, 512), (192, 96)),  # too large as it is
         (EDITS, WIDE, (192, 96)),  # of the area, as the stock pipelines round it
         (EDITS, TALL, (96, 192)),
+        (DRAWS_OVER.override({"max_edge": 170}), WIDE, (160, 80)),
+        (DRAWS_OVER.override({"max_edge": 140, "image_area": 96 * 96}), WIDE, (128, 64)),  # too long as it is
+        (DRAWS_OVER.override({"max_edge": 140, "image_area": 128 * 128}), WIDE, (128, 96)),
+        (EDITS.override({"max_edge": 170}), TALL, (96, 160)),
     ],
 )
 def test_a_size_that_is_not_asked_for_comes_from_the_first_picture(
