@@ -226,6 +226,8 @@ def renamed(folder: Path, to: Path, name: str, **values: Any) -> Path:
         ("LTXPipeline", "it makes videos"),
         ("LattePipeline", "it makes videos"),
         ("FluxControlPipeline", "it draws by a 'control_image', which no request brings"),
+        ("JoyImageEditPlusPipeline", "its call takes 'images', and it is not known what it does without"),
+        ("BriaFibo2Pipeline", "its call takes 'fonts'"),
         ("FluxControlNetPipeline", "it draws by a 'control_guidance_start', which no request brings"),
     ],
 )
@@ -283,6 +285,15 @@ def test_capabilities_are_the_pipelines_own(folders: dict[str, Path], tmp_path: 
     flux = Checkpoint.open(str(own)).capabilities
     assert (flux.num_inference_steps, flux.default_size, flux.guidance_scale) == (4, (64, 48), 1.0)
     assert issubclass(Checkpoint.open(str(own)).family, AnyDiffusers)
+
+
+def test_steps_that_are_fixed_are_the_only_ones(folders: dict[str, Path], tmp_path: Path) -> None:
+    sprint = Checkpoint.open(str(renamed(folders["flux"], tmp_path / "x", "SanaSprintPipeline"))).capabilities
+    params = [SamplingParams(), SamplingParams(quality="low"), SamplingParams(num_inference_steps=2)]
+    assert [sprint.resolve("a cat", each).num_inference_steps for each in params] == [2, 2, 2]
+    for steps in (1, 3):
+        with pytest.raises(RequestError, match="Invalid num_inference_steps"):
+            sprint.resolve("a cat", SamplingParams(num_inference_steps=steps))
 
 
 def test_what_shows_no_previews_is_not_asked_for_them(folders: dict[str, Path]) -> None:
