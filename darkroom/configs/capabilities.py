@@ -64,7 +64,7 @@ class Capabilities(BaseModel):
     """Pixels that either edge of these pictures must have."""
     max_aspect_ratio: float = 200.0
     """How many times as long as the other one edge of these pictures may be, as they come and as they are scaled: what
-    Qwen2-VL reads, and little enough that none grows to gigabytes on its way to a fixed size."""
+    text encoders that see read, and little enough that none grows to gigabytes on its way to a fixed size."""
     strength: float = 0.6
     """The default `strength` of image-to-image requests."""
     inpaint_strength: float = 1.0
