@@ -6,6 +6,7 @@ import io
 import os
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,9 @@ from .engine.messages import (
 )
 from .models.checkpoint import open_checkpoint
 
+_OPEN = 16
+"""Requests that are with the engine at once: more than it runs, and few enough that their pictures fit its queue."""
+
 OnProgress = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all), over all pictures of the call."""
 
@@ -63,6 +67,7 @@ class Darkroom:
         config = EngineConfig.check({"model": os.fspath(model), "log_level": "warning", **spread, **options})
         checkpoint = open_checkpoint(config)
         self.capabilities = checkpoint.capabilities
+        self._max_open = min(_OPEN, config.max_queue)
         self._engine = EngineProcess(checkpoint.pin(resolve_device(config)))
         self._lock = threading.Lock()  # one socket, whose answers must not be read by another thread's call
         self._context = zmq.Context()
@@ -127,7 +132,7 @@ class Darkroom:
         return [request.picture(i) for i in range(params.n)]
 
     def run(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Finished]:
-        """Encoded pictures, in the order of the requests, which run side by side."""
+        """Encoded pictures, in the order of the requests, which run side by side, some at a time."""
         with self._lock:
             return self._run(requests, on_progress)
 
@@ -135,9 +140,10 @@ class Darkroom:
         ids = [uuid.uuid4().hex for _ in requests]
         total, done = sum(request.num_inference_steps - request.first_step for request in requests), 0
         finished: dict[str, Finished] = {}
+        waiting = deque(Generate(id=id, request=request) for id, request in zip(ids, requests, strict=True))
         try:
-            for id, request in zip(ids, requests, strict=True):
-                self._send(Generate(id=id, request=request))
+            for _ in range(min(self._max_open, len(waiting))):
+                self._send(waiting.popleft())
             for event in self._events(ids):
                 match event:
                     case Progress():
@@ -146,10 +152,12 @@ class Darkroom:
                             on_progress(done, total)
                     case Finished(id=id):
                         finished[id] = event
+                        if waiting:
+                            self._send(waiting.popleft())
                     case Failed(error=error, refusal=refusal):
                         raise refusal.as_error() if refusal else GenerationError(error)
         finally:
-            for id in set(ids) - set(finished):
+            for id in set(ids) - set(finished) - {message.id for message in waiting}:
                 self._send(Cancel(id=id))
         return [finished[id] for id in ids]
 

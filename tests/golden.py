@@ -66,11 +66,11 @@ def stock_pipeline(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, *
 
 @contextmanager
 def worker(
-    folder: Path, parallel: ParallelConfig, rank: int = 0, device: str = "cpu", dtype: str = "float32"
+    folder: Path, parallel: ParallelConfig, rank: int = 0, device: str = "cpu", dtype: str = "float32", **options: Any
 ) -> Iterator[Worker]:
-    """A rank's worker with the checkpoint loaded."""
+    """A rank's worker with the checkpoint loaded. `options`: other flags of the engine."""
     config = EngineConfig.model_validate(
-        {"model": str(folder), "device": device, "dtype": dtype, **parallel.model_dump()}
+        {"model": str(folder), "device": device, "dtype": dtype, **parallel.model_dump(), **options}
     )
     mesh, torch_dtype = Mesh(config, rank), getattr(torch, dtype)
     with torch.inference_mode():

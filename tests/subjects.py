@@ -27,7 +27,7 @@ from darkroom.configs.capabilities import Capabilities
 from darkroom.models import Model
 from darkroom.models.any_diffusers import AnyDiffusers
 from darkroom.models.checkpoint import Checkpoint
-from darkroom.models.longcat_image import LongCatImage, LongCatImageEdit
+from darkroom.models.longcat_image import LongCatImage, LongCatImageEdit, mend_quotations
 from darkroom.models.ovis_image import OvisImage
 from darkroom.models.qwen_image import QwenImage
 from darkroom.models.qwen_image_edit import QwenImageEdit, QwenImageEditPlus, QwenImageLayered
@@ -227,6 +227,18 @@ def open_with_processor(cls: Any, folder: Path) -> Any:
     return pipe
 
 
+def open_longcat(cls: Any, folder: Path) -> Any:
+    pipe = stock_pipeline(cls, folder, text_processor=None)
+    mend_quotations(pipe)
+    return pipe
+
+
+def open_longcat_edit(cls: Any, folder: Path) -> Any:
+    pipe = open_with_processor(cls, folder)
+    mend_quotations(pipe)
+    return pipe
+
+
 def run_qwen_edit(pipe: Any, request: Request, output_type: str) -> Any:
     """With the tiny checkpoints' areas instead of those that the pipelines have built in."""
     options = stock_options(request, output_type)
@@ -402,12 +414,13 @@ Z_IMAGE = Subject(
     trials=(*TRIALS, GROUP_NORMS),
 )
 
+APOSTROPHES = "a cat that doesn't look, it's blue and won't move; 'it's a cat'"
 LONGCAT_IMAGE = Subject(
     family=LongCatImage,
     variants={"4_heads": tiny.longcat_image, "5_heads": lambda folder: tiny.longcat_image(folder, heads=5)},
     eight=lambda folder: tiny.longcat_image(folder, heads=8),
     pipeline=diffusers.LongCatImagePipeline,
-    open_stock=lambda cls, folder: stock_pipeline(cls, folder, text_processor=None),
+    open_stock=open_longcat,
     run_stock=run_longcat_image,
     requests={
         "square": request("a green star on a white background", width=128, height=128, seed=7),
@@ -416,6 +429,7 @@ LONGCAT_IMAGE = Subject(
         "no negative prompt": request("two small blue cats", negative_prompt="", guidance_scale=4.5),
         "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=5),
         "letters": request("a sign that says 'a cat'", negative_prompt='"red"'),  # quoted: one token a letter
+        "apostrophes": request(APOSTROPHES, negative_prompt="isn't, doesn't"),
         "short window": request("a very long prompt about a tree on the left", max_sequence_length=5),
     },
     trials=(*TRIALS, FUSED, GROUP_NORMS),
@@ -428,9 +442,13 @@ LONGCAT_IMAGE_EDIT = Subject(
         "5_heads": lambda folder: tiny.longcat_image_edit(folder, heads=5),
     },
     pipeline=diffusers.LongCatImageEditPipeline,
-    open_stock=open_with_processor,
+    open_stock=open_longcat_edit,
     run_stock=run_longcat_edit,
-    requests={**edit_requests(), "letters": request("write 'a cat'", task="edit", images=(WIDE,))},
+    requests={
+        **edit_requests(),
+        "letters": request("write 'a cat'", task="edit", images=(WIDE,)),
+        "apostrophes": request(APOSTROPHES, task="edit", images=(WIDE,)),
+    },
     kinds=edits(),
     trials=(*TRIALS, FUSED, GROUP_NORMS, ONE_PICTURE),
 )

@@ -53,6 +53,17 @@ def test_progress_is_told_over_all_pictures(darkroom: Darkroom) -> None:
     assert heard == [(i, 6) for i in range(1, 7)]
 
 
+def test_more_pictures_than_the_engine_lets_wait() -> None:
+    params = SamplingParams(seed=5, num_inference_steps=2, width=64, height=64, n=20)
+    with Darkroom("demo", device="cpu", max_queue=3) as small:
+        pictures = small.generate("a star", params)
+        assert [picture.info["seed"] for picture in pictures] == list(range(5, 25))
+        huge = golden.request(width=2**20, height=2**20)
+        with pytest.raises(GenerationError):
+            small.run([huge] + [golden.request()] * 20)
+        assert len(small.generate("a star", params)) == 20
+
+
 def test_calls_from_several_threads_wait_for_each_other(darkroom: Darkroom) -> None:
     params = [SamplingParams(seed=seed, num_inference_steps=2, width=64, height=64) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:

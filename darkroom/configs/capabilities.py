@@ -60,6 +60,11 @@ class Capabilities(BaseModel):
     """How many predictions guidance combines: the largest useful degree of CFG parallelism."""
     max_images: int = 0
     """How many pictures a request may bring."""
+    min_image_edge: int = 1
+    """Pixels that either edge of these pictures must have."""
+    max_aspect_ratio: float = 200.0
+    """How many times as long as the other one edge of these pictures may be, as they come and as they are scaled: what
+    text encoders that see read, and little enough that none grows to gigabytes on its way to a fixed size."""
     strength: float = 0.6
     """The default `strength` of image-to-image requests."""
     inpaint_strength: float = 1.0
@@ -105,6 +110,7 @@ class Capabilities(BaseModel):
         width, height = self._size(task, params, sizes)
         self._check_prompt(prompt)
         self._check_negative_prompt(params.negative_prompt)
+        self._check_shapes(sizes)
         self._check_size(width, height)
         request = Request(
             task=task,
@@ -165,9 +171,16 @@ class Capabilities(BaseModel):
         """What the model makes of a picture of `size`: as large where it is drawn over, else only of its shape."""
         unit = self.size_multiple
         own = self._rounded(size, unit)
-        if task in ("inpaint", "image-to-image") and own[0] * own[1] <= self.max_pixels:
+        if task in ("inpaint", "image-to-image") and own == self._bounded(own) and own[0] * own[1] <= self.max_pixels:
             return own
-        return self._rounded(fit_area(size, self.image_area), unit)
+        return self._bounded(self._rounded(fit_area(size, self.image_area), unit))
+
+    def _bounded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """With no edge longer than the model draws."""
+        if self.max_edge is None:
+            return size
+        longest = self.max_edge // self.size_multiple * self.size_multiple
+        return min(size[0], longest), min(size[1], longest)
 
     def _rounded(self, size: tuple[int, int], unit: int) -> tuple[int, int]:
         width, height = (max(round(edge / unit), math.ceil(self.min_edge / unit)) * unit for edge in size)
@@ -223,6 +236,21 @@ class Capabilities(BaseModel):
     def _check_negative_prompt(self, prompt: str | None) -> None:
         if prompt and prompt.strip() and not self.takes_negative_prompt:
             raise RequestError(f"{self.family} takes no negative prompt.", param="negative_prompt")
+
+    def _check_shapes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        for size in sizes:
+            if min(size) < self.min_image_edge:
+                raise RequestError(
+                    f"'image' has {size[0]}x{size[1]} pixels; each edge must be at least {self.min_image_edge}.",
+                    param="image",
+                )
+            shapes = [size, *(fit_area(size, area) for area in (self.image_area, self.condition_area))]
+            if any(max(shape) > self.max_aspect_ratio * min(shape) for shape in shapes):
+                raise RequestError(
+                    f"'image' has {size[0]}x{size[1]} pixels; one edge can be at most about {self.max_aspect_ratio:g} "
+                    "times as long as the other.",
+                    param="image",
+                )
 
     def _check_size(self, width: int, height: int) -> None:
         size, unit = f"{width}x{height}", self.size_multiple

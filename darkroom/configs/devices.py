@@ -80,5 +80,9 @@ def torch_threads(workers: int) -> int:
 
 
 def worker_environment() -> dict[str, str]:
-    """What the engine's processes get: gloo must not look for this host's public name, all ranks are on one machine."""
-    return {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
+    """What the engine's processes get.
+
+    gloo must not look for this host's public name, as all ranks are on one machine; and sets of strings must have one
+    order on all ranks, whatever code walks through them: their samples would part without a word.
+    """
+    return {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONHASHSEED": "0"}

@@ -37,6 +37,18 @@ if TYPE_CHECKING:
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
 _VIDEO = {"num_frames", "frames", "video_length", "video"}
 _CONTROLS = {"control_image", "control_guidance_start", "controlnet_conditioning_scale"}
+_PICTURE = re.compile(r"image|mask|font")
+_TEXT_MASK = re.compile(r"(attention|embeds)_mask")
+_PICTURES = {
+    "image",
+    "mask_image",
+    *("num_images_per_prompt", "padding_mask_crop", "masked_image_latents", "image_reference"),
+    *("ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds"),
+    *("input_images", "max_input_image_size", "use_input_image_size_as_output"),
+    *("prior_token_image_ids", "source_image_grid_thw"),
+}
+"""Parameters of pictures: the two that are filled, and those that a call does without."""
+_AURA_FLOW = "AuraFlowTransformer2DModel"
 _VAE_PLANS = {"AutoencoderKL": autoencoder_kl.VAE.plan, "AutoencoderKLFlux2": autoencoder_kl.VAE.plan}
 
 
@@ -71,6 +83,9 @@ def _refusal(pipeline: Source) -> str | None:
         return "it does not return pictures"
     if missing := sorted(_CONTROLS & set(call)):
         return f"it draws by a '{missing[0]}', which no request brings"
+    strange = [name for name in call if _PICTURE.search(name) and not _TEXT_MASK.search(name)]
+    if missing := sorted(set(strange) - _PICTURES):
+        return f"its call takes '{missing[0]}', and it is not known what it does without"
     if not {"callback_on_step_end", "callback"} & set(call):
         return "its call takes no callback after a step"
     if "self.progress_bar(total=" not in code:
@@ -124,7 +139,7 @@ def _capabilities(
 ) -> Capabilities:
     call = pipeline.parameters("__call__")
     guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
-    steps = call["num_inference_steps"] or 50
+    steps, fixed_steps = _steps(pipeline)
     window = _window(pipeline)
     unit, default_size = _sizes(pipeline, configs)
     branches = 2 if _is_guided(pipeline, index) else 1
@@ -139,13 +154,19 @@ def _capabilities(
         family=name,
         tasks=_tasks(pipeline),
         max_images=int("image" in call),
+        **_picture_limits(pipeline),
         size_multiple=unit,
         min_edge=unit,
+        max_edge=_max_edge(configs["transformer"], unit),
         max_pixels=4 * math.prod(default_size),
         default_size=default_size,
         num_inference_steps=steps,
-        max_inference_steps=max(200, steps),
-        quality_steps={"low": math.ceil(steps * 0.4), "medium": math.ceil(steps * 0.7), "high": steps},
+        min_inference_steps=steps if fixed_steps else 1,
+        max_inference_steps=steps if fixed_steps else max(200, steps),
+        quality_steps={
+            name: steps if fixed_steps else math.ceil(steps * share)
+            for name, share in (("low", 0.4), ("medium", 0.7), ("high", 1.0))
+        },
         guidance_parameter=guidance,
         guidance_scale=call.get(guidance) or 1.0,
         max_guidance=100.0 if guidance in call else 1.0,
@@ -171,6 +192,12 @@ def _tasks(pipeline: Source) -> tuple[Task, ...]:
     return ("text-to-image", "edit") if pipeline.is_optional("__call__", "image") else ("edit",)
 
 
+def _steps(pipeline: Source) -> tuple[int, bool]:
+    """How many by default; and whether it is no other number, as the inputs are checked: Sana-Sprint's two."""
+    fixed = re.search(r"num_inference_steps != (\d+)", pipeline.code("check_inputs"))
+    return (int(fixed[1]), True) if fixed else (pipeline.parameters("__call__")["num_inference_steps"] or 50, False)
+
+
 def _window(pipeline: Source) -> int:
     """The most tokens of text: the bound that the inputs are checked against, or else the default."""
     bound = re.search(r"max_sequence_length > (\d+)", pipeline.code("check_inputs"))
@@ -187,6 +214,22 @@ def _sizes(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> tuple[
     checked = re.findall(r"(?:height|width) % (\d+)", pipeline.code("check_inputs"))
     edge = (pipeline.constant("default_sample_size") or transformer.get("sample_size") or 128) * scale
     return math.lcm(scale * patch, *map(int, checked)), (call["width"] or edge, call["height"] or edge)
+
+
+def _picture_limits(pipeline: Source) -> dict[str, Any]:
+    """What FLUX.2's pipelines ask of pictures. The others scale what they get."""
+    processor = find_class("Flux2ImageProcessor", "pipelines")
+    if processor is None or "Flux2ImageProcessor(" not in pipeline.code("__init__"):
+        return {}
+    limits = processor.parameters("check_image_input")
+    return {"min_image_edge": limits["min_side_length"], "max_aspect_ratio": limits["max_aspect_ratio"]}
+
+
+def _max_edge(transformer: Mapping[str, Any], unit: int) -> int | None:
+    """As far as its table of positions reaches. AuraFlow's says how many there are in all, the others' on an edge."""
+    if (tokens := transformer.get("pos_embed_max_size")) is None:
+        return None
+    return unit * (math.isqrt(tokens) if transformer.get("_class_name") == _AURA_FLOW else tokens)
 
 
 def _packing(pipeline: Source) -> str:

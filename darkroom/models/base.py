@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     Decode = Callable[[torch.Tensor], torch.Tensor]
 
+PROMPTS = ("prompt", "negative_prompt")
+"""The fields of a request that the guidance branches read, in the order of `Model.prompts`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
@@ -80,6 +83,10 @@ class Kept:
     noise: torch.Tensor
     mask: torch.Tensor
     """One where the picture is drawn anew, zero where it stays."""
+
+    def within(self, known: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """What is drawn, and around it what is known."""
+        return (1 - self.mask) * known + self.mask * drawn
 
 
 @dataclass(kw_only=True)
@@ -247,7 +254,8 @@ class Model(ABC):
     def advance(self, sample: Sample, prediction: torch.Tensor) -> None:
         """One step of the sample's scheduler along the guided prediction."""
         if sample.request.partial_images:
-            sample.estimate = self.clean_estimate(sample, prediction)
+            estimate = self.clean_estimate(sample, prediction)
+            sample.estimate = sample.kept.within(sample.kept.latents, estimate) if sample.kept else estimate
         sample.latents = sample.scheduler.step(prediction, sample.timestep, sample.latents, return_dict=False)[0]
         sample.step += 1
         if sample.kept:
@@ -258,7 +266,7 @@ class Model(ABC):
         known = kept.latents
         if sample.step < sample.num_steps:
             known = sample.scheduler.scale_noise(known, sample.timestep[None], kept.noise)
-        return (1 - kept.mask) * known + kept.mask * sample.latents
+        return kept.within(known, sample.latents)
 
     def clean_estimate(self, sample: Sample, prediction: torch.Tensor) -> torch.Tensor:
         """x0 under flow matching (https://arxiv.org/abs/2210.02747): x_t = (1 - sigma) x0 + sigma noise, and the

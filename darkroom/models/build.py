@@ -19,7 +19,7 @@ from torch import nn
 from darkroom.configs.config import EngineConfig
 from darkroom.parallel.loading import find_variant, load
 from darkroom.parallel.mesh import Axis, Mesh
-from darkroom.parallel.sequence import SequenceParallel
+from darkroom.parallel.sequence import SequenceParallel, use_kernel
 from darkroom.parallel.tensor import shard
 
 from .base import Component, Model
@@ -43,8 +43,10 @@ def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torc
             parts[name] = _component(checkpoint, name, axis, device, dtype)
         else:
             parts[name] = _absent(checkpoint, name, dtype)
-        if component.plan.sequence:
-            _spread_attention(parts[name], component, config, mesh)
+        if name.startswith("transformer") and config.attention_backend != "auto":
+            use_kernel(parts[name], config.attention_backend)
+        if component.plan.sequence and mesh.sequence.size > 1:
+            SequenceParallel(parts[name], component.plan, mesh, config.attention_backend)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not of the class it expects
     pipe = _pipeline(checkpoint.folder, parts)
@@ -140,11 +142,3 @@ def use_processors(module: nn.Module, component: Component) -> None:
     if component.processor:
         attending: Any = module
         attending.set_attn_processor({name: component.processor() for name in attending.attn_processors})
-
-
-def _spread_attention(module: nn.Module, component: Component, config: EngineConfig, mesh: Mesh) -> None:
-    if mesh.sequence.size > 1:
-        SequenceParallel(module, component.plan, mesh, config.attention_backend)
-    elif config.attention_backend != "auto":
-        transformer: Any = module
-        transformer.set_attention_backend(config.attention_backend)

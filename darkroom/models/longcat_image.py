@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import Capabilities
@@ -13,13 +15,38 @@ from darkroom.configs.request import Request
 from darkroom.parallel.plan import Colwise
 
 from .autoencoder_kl import VAE
-from .base import Component, Sample, noise_generator
+from .base import PROMPTS, Component, Sample, noise_generator
 from .flux_form import FluxForm, transformer_plan
 from .text_encoders import QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, processor_files
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+_CONTRACTION = re.compile(r"[a-zA-Z]+'[a-zA-Z]+")
+_QUOTED = re.compile("'[^']*'|\"[^\"]*\"|\u2018[^\u2018\u2019]*\u2019|\u201c[^\u201c\u201d]*\u201d")
+
+
+def split_quotation(prompt: str) -> list[tuple[str, bool]]:
+    """The prompt's parts, and whether each is a quotation: those are read letter by letter, quotes included.
+
+    An apostrophe inside a word is no quote. diffusers 0.42's own function loses words where several have one, and
+    which ones, in the order of a set of strings: each process, having its own, would read another prompt.
+    """
+    hidden = _CONTRACTION.sub(lambda word: word[0].replace("'", "-"), prompt)  # as long as the prompt
+    parts, end = [], 0
+    for quoted in _QUOTED.finditer(hidden):
+        parts += [(prompt[end : quoted.start()], False), (prompt[quoted.start() : quoted.end()], True)]
+        end = quoted.end()
+    return [(text, is_quoted) for text, is_quoted in (*parts, (prompt[end:], False)) if text]
+
+
+def mend_quotations(pipe: Any) -> None:
+    """Let this pipeline read prompts by `split_quotation` above: its own method, where it looks for that name."""
+    stock = type(pipe)._encode_prompt
+    pipe._encode_prompt = MethodType(
+        FunctionType(stock.__code__, {**stock.__globals__, "split_quotation": split_quotation}), pipe
+    )
 
 
 class LongCatImage(FluxForm):
@@ -54,6 +81,10 @@ class LongCatImage(FluxForm):
         "text_processor",
     )  # it rewrites prompts, which no request asks for; and loading it needs torchvision
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        mend_quotations(self.pipe)
+
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pads to the window, which is the pipeline's attribute: the picture's positions begin behind it."""
         self.pipe.tokenizer_max_length = max_sequence_length
@@ -74,8 +105,8 @@ class LongCatImageEdit(LongCatImage):
 
     pipelines = ("LongCatImageEditPipeline",)
     capabilities = LongCatImage.capabilities.override(
-        {"family": "LongCat-Image-Edit", "tasks": ("edit",), "max_images": 1}
-    )
+        {"family": "LongCat-Image-Edit", "tasks": ("edit",), "max_images": 1, "max_edge": 200 * 64}
+    )  # the text encoder sees the picture in the shape that is asked for, and none that is thinner
     components: ClassVar = {**LongCatImage.components, "text_encoder": QWEN2_5_VL_WITH_VISION}
     files = (*FluxForm.files, processor_files("text_processor"))
     unused = ()
@@ -99,7 +130,10 @@ class LongCatImageEdit(LongCatImage):
         resize, width, height = self.pipe.image_processor.resize, request.width, request.height
         picture = resize(load_picture(request.images[0]).convert("RGB"), height, width)
         seen = resize(picture, height // 2, width // 2)
-        texts = [self._read(prompt, seen, request.max_sequence_length) for prompt in self.prompts(request)]
+        prompts = self.prompts(request)
+        for param, prompt in zip(PROMPTS, prompts, strict=False):
+            self.pipe.text_processor.check(prompt, param)
+        texts = [self._read(prompt, seen, request.max_sequence_length) for prompt in prompts]
         latents, context, *positions = self.pipe.prepare_latents(
             self.pipe.image_processor.preprocess(picture, height, width),
             1,
@@ -120,10 +154,14 @@ class LongCatImageEdit(LongCatImage):
 
     def _cut(self, prompt: str, window: int) -> str:
         """The prompt's beginning of at most `window` tokens. diffusers 0.42's own cut fails on its warning."""
-        from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import split_quotation
 
         def too_long(length: int) -> bool:
-            words = [part for text, quoted in split_quotation(prompt[:length]) for part in (text if quoted else [text])]
-            return sum(len(self.pipe.tokenizer(word, add_special_tokens=False).input_ids) for word in words) > window
+            return self._count(prompt[:length]) > window
 
+        if not too_long(len(prompt)):  # though some of its beginnings may be: those that end within a quotation
+            return prompt
         return prompt[: bisect_left(range(1, len(prompt) + 1), True, key=too_long)]
+
+    def _count(self, prompt: str) -> int:
+        words = [part for text, quoted in split_quotation(prompt) for part in (text if quoted else [text])]
+        return sum(len(self.pipe.tokenizer(word, add_special_tokens=False).input_ids) for word in words)

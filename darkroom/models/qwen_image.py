@@ -61,6 +61,7 @@ class QwenImage(Model):
         max_images=1,
         size_multiple=16,
         min_edge=64,
+        max_edge=2 * (4096 - 1024) * 16,  # of 4096 positions, half an edge's tokens stand before those of the text
         max_pixels=4096 * 4096,
         default_size=(1328, 1328),
         num_inference_steps=50,

@@ -18,7 +18,7 @@ from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
 
 from .autoencoder_causal import decode_latents
-from .base import Model, Sample, noise_generator
+from .base import PROMPTS, Model, Sample, noise_generator
 from .qwen_image import QwenImage
 from .text_encoders import QWEN2_5_VL_WITH_VISION, processor_files
 
@@ -52,7 +52,11 @@ class QwenImageEdit(QwenImage):
         sizes = [fit_area(picture.size, self.options.image_area) for picture in pictures]
         grids = [self.grid(request.width, request.height), *(self.grid(*size) for size in sizes)]
         seen = self.seen(pictures)
-        branches = [{**self._read(prompt, seen), "img_shapes": grids} for prompt in self.prompts(request)]
+        room = self._room(grids)
+        branches = [
+            {**self._read(param, prompt, seen, room), "img_shapes": grids}
+            for param, prompt in zip(PROMPTS, self.prompts(request), strict=False)
+        ]
         pixels = [self._pixels(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
         with self.encoder.ahead(pixels):
             latents, context = self.pipe.prepare_latents(
@@ -88,8 +92,19 @@ class QwenImageEdit(QwenImage):
         resized: Image.Image = self.pipe.image_processor.resize(picture, height, width)
         return resized
 
-    def _read(self, prompt: str, seen: Any) -> dict[str, Any]:
+    def _room(self, grids: Sequence[tuple[int, int, int]]) -> int:
+        """How many tokens of text there are positions for: behind half of the longest edge's."""
+        positions = len(self.pipe.transformer.pos_embed.pos_freqs)
+        return positions - max(max(rows, columns) // 2 for _, rows, columns in grids)
+
+    def _read(self, param: str, prompt: str, seen: Any, room: int) -> dict[str, Any]:
+        """The prompt of the request's field `param`, with the pictures. Raises RequestError for what has no `room`."""
+        from .vision_language import too_long
+
+        self.pipe.processor.check(prompt, param, room)
         embeds, _ = self.pipe.encode_prompt(image=seen, prompt=prompt, device=self.device)
+        if embeds.shape[1] > room:
+            raise too_long(param, embeds.shape[1], room)
         return {"encoder_hidden_states": embeds}
 
     def _pixels(self, picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
+from darkroom.configs.errors import RequestError
+
 
 class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
     """Qwen2VLProcessor for texts and pictures. The class itself also wants to read videos, and torchvision for that.
@@ -21,6 +23,24 @@ class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def check(self, prompt: str, param: str, room: int | None = None) -> None:
+        """Raises RequestError, alike on every rank, for what could not be read: the field `param` of a request.
+
+        A token that stands for a picture must have one; and no text of more than `room` tokens reaches the encoder.
+        """
+        for token in (self.image_token, self.video_token):
+            if token in prompt:
+                raise RequestError(f"'{param}' holds '{token}', which stands for a picture.", param=param)
+        if room is not None and (tokens := len(self.tokenizer(prompt).input_ids)) > room:
+            raise too_long(param, tokens, room)
+
+
+def too_long(param: str, tokens: int, room: int) -> RequestError:
+    return RequestError(
+        f"'{param}' takes {tokens} tokens, with its pictures; for one of this size {room} can be read.",
+        param=param,
+    )
 
 
 def load_processor(folder: Path, tokenizer: Path | None = None) -> PictureProcessor:

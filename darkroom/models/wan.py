@@ -89,6 +89,7 @@ class Wan(Model):
         tasks=("text-to-video",),
         size_multiple=16,
         min_edge=64,
+        max_edge=16384,
         max_pixels=1920 * 1088,
         default_size=(832, 480),
         num_inference_steps=50,
@@ -119,16 +120,21 @@ class Wan(Model):
 
     @classmethod
     def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """A token's size in pixels and frames; and what 2.2's model cards say, which its index tells from 2.1."""
+        """A token's size in pixels and frames, and how many there are places for along either edge and in time; and
+        what 2.2's model cards say, which its index tells from 2.1."""
         boundary = index.get("boundary_ratio")
         needed = {"transformer": boundary is None or boundary < 1, "transformer_2": bool(boundary)}
         if missing := [name for name, is_needed in needed.items() if is_needed and name not in configs]:
             raise ConfigError(f"model_index.json names no {missing[0]}, and its boundary_ratio of {boundary} needs one")
         transformer = configs.get("transformer") or configs["transformer_2"]
-        patch = transformer.get("patch_size", (1, 2, 2))[-1]
+        patch, places = transformer.get("patch_size", (1, 2, 2))[-1], transformer.get("rope_max_seq_len", 1024)
+        unit = configs["vae"].get("scale_factor_spatial", 8) * patch
+        frames = configs["vae"].get("scale_factor_temporal", 4)
         described = {
-            "size_multiple": configs["vae"].get("scale_factor_spatial", 8) * patch,
-            "frame_multiple": configs["vae"].get("scale_factor_temporal", 4),
+            "size_multiple": unit,
+            "max_edge": places * unit,
+            "frame_multiple": frames,
+            "max_frames": min(cls.capabilities.max_frames, (places - 1) * frames + 1),
         }
         if index.get("expand_timesteps"):
             pictures = {"tasks": ("text-to-video", "image-to-video"), "max_images": 1, "image_area": 1280 * 704}

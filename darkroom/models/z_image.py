@@ -66,6 +66,7 @@ class ZImage(AutoencoderKLModel):
         max_images=1,
         size_multiple=16,
         min_edge=64,
+        max_edge=8192,
         max_pixels=2048 * 2048,
         default_size=(1024, 1024),
         num_inference_steps=9,
@@ -92,11 +93,14 @@ class ZImage(AutoencoderKLModel):
     @classmethod
     def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Turbo and the base model differ in their weights and in the schedule's shift, 3 and 6, and in nothing else
-        that a checkpoint says. The base model is guided, as its card has it."""
+        that a checkpoint says. The base model is guided, as its card has it. Rows and columns are looked up in tables.
+        """
+        tokens = min(configs["transformer"].get("axes_lens", (1024, 512, 512))[1:])
+        described = {"max_edge": tokens * cls.capabilities.size_multiple}
         if configs["scheduler"].get("shift", 3.0) < 6:
-            return {}
+            return described
         steps = {"low": 28, "medium": 40, "high": 50}
-        return {"num_inference_steps": 50, "guidance_scale": 4.0, "quality_steps": steps}
+        return {**described, "num_inference_steps": 50, "guidance_scale": 4.0, "quality_steps": steps}
 
     def prepare(self, request: Request) -> Sample:
         from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas

@@ -22,6 +22,8 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import nn
 
+from darkroom.configs.errors import ConfigError
+
 from .attention import LocalAttention, attend, sdpa
 from .mesh import Axis, Mesh
 from .plan import (
@@ -50,7 +52,7 @@ class SequenceParallel:
 
     def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh, backend: str = "auto") -> None:
         self.mesh = mesh
-        self.local = sdpa if backend == "auto" else _local_attention(AttentionBackendName(backend))
+        self.local = sdpa if backend == "auto" else _local_attention(backend)
         self.axis = mesh.sequence
         self.lengths: dict[str, int] = {}
         """Whole token count of each stream that was split so far."""
@@ -178,11 +180,32 @@ def _streams(pattern: str, rule: SequenceRule) -> list[str]:
 _BACKEND = "darkroom_sequence_parallel"
 
 
-def _local_attention(backend: AttentionBackendName) -> LocalAttention:
-    """One of diffusers' kernels, checked and fetched now and not at the first request."""
+def use_kernel(module: nn.Module, name: str) -> None:
+    """Let every processor attend with one of diffusers' kernels. Raises ConfigError where none takes it.
+
+    The class's own `set_attention_backend` passes over what does not, and sets it for the whole process besides.
+    """
+    backend = _kernel(name)
+    processors = [child.processor for child in module.modules() if hasattr(child, "processor")]
+    taking = [processor for processor in processors if hasattr(processor, "_attention_backend")]
+    if not taking:
+        raise ConfigError(
+            f"--attention-backend {name}: {type(module).__name__} attends with a kernel of its own; leave it at auto"
+        )
+    for processor in taking:
+        processor._attention_backend = backend
+
+
+def _local_attention(name: str) -> LocalAttention:
+    return partial(dispatch_attention_fn, backend=_kernel(name))
+
+
+def _kernel(name: str) -> AttentionBackendName:
+    """Checked and fetched now, and not at the first request."""
+    backend = AttentionBackendName(name)
     _check_attention_backend_requirements(backend)
     _maybe_download_kernel_for_backend(backend)
-    return partial(dispatch_attention_fn, backend=backend)
+    return backend
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def test_an_override_is_checked(values: dict[str, Any]) -> None:
 
 # ---- pictures that come with a request -----------------------------------------------------------------------------
 
-WIDE, TALL = picture_file(160, 80), picture_file(70, 150)
+WIDE, TALL, THIN = picture_file(160, 80), picture_file(70, 150), picture_file(10, 4000)
 DRAWS_OVER = CAPABILITIES.override({"tasks": ("text-to-image", "image-to-image", "inpaint"), "max_images": 1})
 EDITS = CAPABILITIES.override({"tasks": ("edit",), "max_images": 3, "image_area": 128 * 128})
 LAYERS = CAPABILITIES.override(
@@ -267,6 +267,10 @@ def test_what_a_request_brings_says_what_is_done() -> None:
         (DRAWS_OVER.override({"image_area": 128 * 128}), picture_file(1024, 512), (192, 96)),  # too large as it is
         (EDITS, WIDE, (192, 96)),  # of the area, as the stock pipelines round it
         (EDITS, TALL, (96, 192)),
+        (DRAWS_OVER.override({"max_edge": 170}), WIDE, (160, 80)),
+        (DRAWS_OVER.override({"max_edge": 140, "image_area": 96 * 96}), WIDE, (128, 64)),  # too long as it is
+        (DRAWS_OVER.override({"max_edge": 140, "image_area": 128 * 128}), WIDE, (128, 96)),
+        (EDITS.override({"max_edge": 170}), TALL, (96, 160)),
     ],
 )
 def test_a_size_that_is_not_asked_for_comes_from_the_first_picture(
@@ -286,6 +290,13 @@ def test_a_size_that_is_not_asked_for_comes_from_the_first_picture(
         (EDITS, {}, "image", "A family needs a picture to begin with"),
         (EDITS, {"images": (WIDE,), "mask": WIDE}, "mask", "takes no mask"),
         (EDITS, {"images": (b"hello",)}, "image", "'image' is no PNG, JPEG or WebP file"),
+        (
+            EDITS,
+            {"images": (WIDE, THIN)},
+            "image",
+            "'image' has 10x4000 pixels; one edge can be at most about 200 times",
+        ),
+        (EDITS.override({"min_image_edge": 75}), {"images": (WIDE, TALL)}, "image", "has 70x150 .* at least 75"),
         (DRAWS_OVER, {"mask": WIDE}, "mask", "'mask' needs an 'image'"),
         (DRAWS_OVER, {"images": (WIDE,), "mask": TALL}, "mask", "The mask has 70x150 pixels, and its picture 160x80"),
         (DRAWS_OVER, {"images": (WIDE,), "strength": 0.0}, "strength", "Invalid strength 0: expected more than 0"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pynvml
@@ -122,6 +124,13 @@ def test_gloo_talks_over_the_loopback_unless_told_otherwise(monkeypatch: pytest.
     assert worker_environment()["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     assert worker_environment()["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+def test_all_ranks_order_sets_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "random")
+    code = "print({'it', 'does', 'not', 'move'})"
+    runs = [subprocess.check_output([sys.executable, "-c", code], env=worker_environment()) for _ in range(4)]
+    assert len(set(runs)) == 1
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,20 @@ def test_what_cannot_be_spread_is_refused(folders: dict[str, Path], tmp_path: Pa
     assert "tp parallelism" in refusal({"tp": 2}, folders["aura_flow"])
 
 
+def test_a_kernel_is_used_or_refused(folders: dict[str, Path]) -> None:
+    """With a sequence plan and without."""
+    for name in ("flux", "flux2_klein"):
+        with worker(folders[name], ParallelConfig(), attention_backend="_native_math") as one:
+            modules = one.model.pipe.transformer.modules()
+            assert {x.processor._attention_backend for x in modules if hasattr(x, "processor")} == {"_native_math"}
+    for name in ("aura_flow", "pixart_sigma"):
+        with (
+            pytest.raises(ConfigError, match=r"_native_math: \w+ attends with a kernel of its own; leave it at auto"),
+            worker(folders[name], ParallelConfig(), attention_backend="_native_math"),
+        ):
+            pass
+
+
 def test_a_vae_without_a_plan_decodes_on_one_rank(tmp_path: Path) -> None:
     folder = tiny.sana(tmp_path / "sana")
     assert "has no plan for vae parallelism; it has: cfg" in refusal({"cfg": 2, "vae-pp": 2}, folder)
@@ -212,6 +226,8 @@ def renamed(folder: Path, to: Path, name: str, **values: Any) -> Path:
         ("LTXPipeline", "it makes videos"),
         ("LattePipeline", "it makes videos"),
         ("FluxControlPipeline", "it draws by a 'control_image', which no request brings"),
+        ("JoyImageEditPlusPipeline", "its call takes 'images', and it is not known what it does without"),
+        ("BriaFibo2Pipeline", "its call takes 'fonts'"),
         ("FluxControlNetPipeline", "it draws by a 'control_guidance_start', which no request brings"),
     ],
 )
@@ -262,11 +278,22 @@ def test_capabilities_are_the_pipelines_own(folders: dict[str, Path], tmp_path: 
         klein.resolve("a cat", SamplingParams(negative_prompt="red"))
     aura = Checkpoint.open(str(folders["aura_flow"])).capabilities
     assert (aura.num_inference_steps, aura.guidance_scale, aura.text_window) == (50, 3.5, 256)
+    assert (klein.max_edge, aura.max_edge) == (None, 32 * 16)  # AuraFlow's table has 1024 positions
+    assert (klein.min_image_edge, klein.max_aspect_ratio) == (64, 8)
     own = renamed(folders["flux"], tmp_path / "own", "FluxPipeline")
     (own / "darkroom.json").write_text(json.dumps({"num_inference_steps": 4, "default_size": [64, 48]}))
     flux = Checkpoint.open(str(own)).capabilities
     assert (flux.num_inference_steps, flux.default_size, flux.guidance_scale) == (4, (64, 48), 1.0)
     assert issubclass(Checkpoint.open(str(own)).family, AnyDiffusers)
+
+
+def test_steps_that_are_fixed_are_the_only_ones(folders: dict[str, Path], tmp_path: Path) -> None:
+    sprint = Checkpoint.open(str(renamed(folders["flux"], tmp_path / "x", "SanaSprintPipeline"))).capabilities
+    params = [SamplingParams(), SamplingParams(quality="low"), SamplingParams(num_inference_steps=2)]
+    assert [sprint.resolve("a cat", each).num_inference_steps for each in params] == [2, 2, 2]
+    for steps in (1, 3):
+        with pytest.raises(RequestError, match="Invalid num_inference_steps"):
+            sprint.resolve("a cat", SamplingParams(num_inference_steps=steps))
 
 
 def test_what_shows_no_previews_is_not_asked_for_them(folders: dict[str, Path]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from darkroom.configs import ParallelConfig
+from darkroom.engine.messages import Prepare
 from darkroom.models.base import Model
 from darkroom.parallel.spatial import SharedEncoder
 from tests.golden import TOLERANCE, generate, worker
@@ -29,6 +30,17 @@ def test_what_the_mask_leaves_out_stays(folder: Path) -> None:
         assert clean is not None
         same = (kept == clean.latents).flatten()
         assert torch.equal(same, clean.mask.flatten() == 0)
+
+
+def test_previews_keep_what_the_mask_leaves_out(folder: Path) -> None:
+    with worker(folder, ParallelConfig()) as one:
+        one.execute(Prepare(ids=("a",), requests=(over(mask=MASK, strength=1.0, partial_images=2),)))
+        sample = one.samples["a"]
+        for _ in range(3):
+            one.step([sample])
+            assert sample.kept is not None and sample.estimate is not None
+            same = (sample.estimate == sample.kept.latents).flatten()
+            assert torch.equal(same, sample.kept.mask.flatten() == 0)
 
 
 def test_a_mask_that_is_not_put_back_is_seen(folder: Path) -> None:

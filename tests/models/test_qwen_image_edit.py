@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from darkroom.configs import ConfigError, ParallelConfig, SamplingParams
+from darkroom.configs import ConfigError, ParallelConfig, RequestError, SamplingParams
 from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.qwen_image_edit import QwenImageEditPlus
 from tests.golden import TOLERANCE, difference, generate, request, worker
@@ -51,6 +52,32 @@ def test_areas_are_options_of_the_checkpoint(checkpoints: dict[str, Path], tmp_p
     assert sample.context is not None and sample.context.shape[1] == 4 * 6 + 4 * 4
     wanted = Checkpoint.open(str(folder)).capabilities.resolve("a cat", SamplingParams(images=(WIDE,)))
     assert (wanted.width, wanted.height) == (96, 64)
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "message"),
+    [
+        (
+            {"prompt": "make <|image_pad|> red"},
+            "prompt",
+            r"'prompt' holds '<\|image_pad\|>', which stands for a picture",
+        ),
+        ({"negative_prompt": "<|video_pad|>"}, "negative_prompt", "'negative_prompt' holds"),
+        ({"prompt": "cat " * 5_000}, "prompt", r"'prompt' takes \d+ tokens, .* 4092 can be read"),
+        ({"negative_prompt": "cat " * 4_080}, "negative_prompt", r"'negative_prompt' takes \d+ tokens"),
+    ],
+)
+def test_what_cannot_be_read_beside_pictures(
+    values: dict[str, Any], param: str, message: str, checkpoints: dict[str, Path]
+) -> None:
+    """The client's fault, found before the text encoder runs, or where a few tokens are too many right behind it."""
+    wanted = request(task="edit", images=(WIDE,), width=96, height=64, **{"prompt": "a cat", **values})
+    with (
+        worker(checkpoints["qwen_image_edit_4_heads"], ParallelConfig()) as one,
+        pytest.raises(RequestError, match=message) as caught,
+    ):
+        one.model.prepare(wanted)
+    assert caught.value.param == param
 
 
 def test_what_reads_pictures_must_be_there(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_capabilities_follow_from_the_checkpoint(checkpoints: dict[str, Path]) -
     assert (both.guidance_scale, both.guidance_scale_2, first.guidance_scale_2) == (4.0, 3.0, None)
     assert (both.size_multiple, both.num_frames, both.fps, both.num_inference_steps) == (16, 81, 16, 40)
     assert (small.size_multiple, small.num_frames, small.fps, small.default_size) == (32, 121, 24, (1280, 704))
+    assert [(each.max_edge, each.max_frames) for each in (both, small)] == [(1024 * 16, 241), (1024 * 32, 241)]
     for capabilities in (first, both, small):
         assert [edge % capabilities.size_multiple for edge in capabilities.default_size] == [0, 0]
         assert (capabilities.num_frames - 1) % capabilities.frame_multiple == 0

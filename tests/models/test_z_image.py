@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 from darkroom.configs import ParallelConfig
+from darkroom.engine.worker import Worker
 from darkroom.models.checkpoint import Checkpoint
-from tests.golden import TOLERANCE, difference, generate, request, worker
+from tests.golden import TOLERANCE, Outputs, difference, generate, request, worker
+from tests.ranks import run_ranks
 
 
 def test_a_batch_of_unequal_prompts_is_each_alone(checkpoints: dict[str, Path]) -> None:
@@ -26,3 +28,37 @@ def test_the_base_model_is_guided_and_turbo_is_not(checkpoints: dict[str, Path],
     base = Checkpoint.open(str(folder)).capabilities
     assert (base.num_inference_steps, base.guidance_scale) == (50, 4.0)
     assert Checkpoint.open(str(folder)).notes(ParallelConfig(cfg_parallel_size=2)) == []
+
+
+def test_no_edge_is_longer_than_its_table_of_positions(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["z_image_4_heads"], tmp_path / "short"))
+    assert Checkpoint.open(str(folder)).capabilities.max_edge == 512 * 16
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "axes_lens": [1024, 64, 48]}))
+    assert Checkpoint.open(str(folder)).capabilities.max_edge == 48 * 16
+
+
+def test_a_kernel_is_used_on_ranks_too(checkpoints: dict[str, Path]) -> None:
+    """Where attention is spread, and in the blocks of the text, where it is not."""
+    folder = checkpoints["z_image_4_heads"]
+    with worker(folder, ParallelConfig(), attention_backend="_native_math") as one:
+        alone = generate(one, [request()])
+        assert set(kernels(one).values()) == {"_native_math"}
+    for outputs, used in run_ranks(with_kernel, 2, folder):
+        assert float((outputs["0"][0] - alone["0"][0]).abs().max()) <= TOLERANCE
+        assert {kernel for path, kernel in used.items() if "context_refiner" in path} == {"_native_math"}
+        assert {kernel for path, kernel in used.items() if "context_refiner" not in path} == {
+            "darkroom_sequence_parallel"
+        }
+
+
+def with_kernel(rank: int, size: int, folder: Path) -> tuple[Outputs, dict[str, str]]:
+    config = ParallelConfig.model_validate({"usp": 2})
+    with worker(folder, config, rank, attention_backend="_native_math") as one:
+        return generate(one, [request()]), kernels(one)
+
+
+def kernels(one: Worker) -> dict[str, str]:
+    """By the path of the module that attends."""
+    modules = one.model.pipe.transformer.named_modules()
+    return {path: str(x.processor._attention_backend.value) for path, x in modules if hasattr(x, "processor")}
