@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import fit_area
+from darkroom.configs.errors import RequestError
 from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
 
@@ -98,14 +99,17 @@ class QwenImageEdit(QwenImage):
         return positions - max(max(rows, columns) // 2 for _, rows, columns in grids)
 
     def _read(self, param: str, prompt: str, seen: Any, room: int) -> dict[str, Any]:
-        """The prompt of the request's field `param`, with the pictures. Raises RequestError for what has no `room`."""
-        from .vision_language import too_long
-
-        self.pipe.processor.check(prompt, param, room)
-        embeds, _ = self.pipe.encode_prompt(image=seen, prompt=prompt, device=self.device)
-        if embeds.shape[1] > room:
-            raise too_long(param, embeds.shape[1], room)
+        """The prompt of the field `param` with the pictures: as much of its beginning as there is room for."""
+        self.pipe.processor.check(prompt, param)
+        prompt = self.pipe.processor.beginning(prompt, room)
+        while (over := (embeds := self._embed(prompt, seen)).shape[1] - room) > 0:  # with the pictures' own tokens
+            if not (prompt := self.pipe.processor.without_end(prompt, over)):
+                raise RequestError("The pictures take all the positions that there are for text.", param="image")
         return {"encoder_hidden_states": embeds}
+
+    def _embed(self, prompt: str, seen: Any) -> torch.Tensor:
+        embeds: torch.Tensor = self.pipe.encode_prompt(image=seen, prompt=prompt, device=self.device)[0]
+        return embeds
 
     def _pixels(self, picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:
         """[1, 3, 1, H, W] in [-1, 1]"""

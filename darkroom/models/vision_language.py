@@ -24,23 +24,23 @@ class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def check(self, prompt: str, param: str, room: int | None = None) -> None:
-        """Raises RequestError, alike on every rank, for what could not be read: the field `param` of a request.
-
-        A token that stands for a picture must have one; and no text of more than `room` tokens reaches the encoder.
-        """
+    def check(self, prompt: str, param: str) -> None:
+        """Raises RequestError, alike on every rank, where the field `param` holds a token that stands for a picture."""
         for token in (self.image_token, self.video_token):
             if token in prompt:
                 raise RequestError(f"'{param}' holds '{token}', which stands for a picture.", param=param)
-        if room is not None and (tokens := len(self.tokenizer(prompt).input_ids)) > room:
-            raise too_long(param, tokens, room)
 
+    def beginning(self, prompt: str, tokens: int) -> str:
+        """So much of the prompt, to whole characters."""
+        ids = self.tokenizer(prompt).input_ids
+        if len(ids) <= tokens:
+            return prompt
+        kept: str = self.tokenizer.decode(ids[: max(tokens, 0)], clean_up_tokenization_spaces=False)
+        return kept.rstrip("\ufffd")
 
-def too_long(param: str, tokens: int, room: int) -> RequestError:
-    return RequestError(
-        f"'{param}' takes {tokens} tokens, with its pictures; for one of this size {room} can be read.",
-        param=param,
-    )
+    def without_end(self, prompt: str, tokens: int) -> str:
+        """The prompt less so many tokens at its end."""
+        return self.beginning(prompt, len(self.tokenizer(prompt).input_ids) - tokens)
 
 
 def load_processor(folder: Path, tokenizer: Path | None = None) -> PictureProcessor:
