@@ -127,7 +127,7 @@ class Model(ABC):
     """One family: its declarations, and the arithmetic that is its own."""
 
     pipelines: ClassVar[tuple[str, ...]]
-    """diffusers' pipeline classes, as named in model_index.json."""
+    """diffusers' pipeline classes, as named in model_index.json. The first is what runs."""
     capabilities: ClassVar[Capabilities]
     components: ClassVar[dict[str, Component]]
     files: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,14 +13,39 @@ import torch
 from darkroom.configs import ParallelConfig
 from darkroom.models.base import Model
 from darkroom.parallel.spatial import SharedEncoder
-from tests.golden import TOLERANCE, generate, worker
+from tests.golden import TOLERANCE, from_stock, generate, request, worker
 from tests.ranks import run_ranks
-from tests.subjects import MASK, over
+from tests.subjects import DRAWING_OVER, MASK, SUBJECTS, Subject, over
 
 
 @pytest.fixture(scope="module")
 def folder(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["qwen_image_4_heads"]
+
+
+NAMES = [(name, cls.__name__) for name, subject in SUBJECTS.items() for cls in DRAWING_OVER.get(subject.pipeline, ())]
+TASKS = {
+    "text-to-image": request("a cat", num_inference_steps=2),
+    "image-to-image": over(num_inference_steps=4),
+    "inpaint": over(num_inference_steps=4, mask=MASK),
+}
+
+
+@pytest.mark.parametrize(("name", "pipeline"), NAMES)
+def test_a_folder_that_names_another_pipeline_does_every_task(
+    name: str, pipeline: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """model_index.json may hold the class for image-to-image or inpainting: its parts are the same."""
+    subject: Subject = SUBJECTS[name]
+    built = checkpoints[f"{name}_4_heads"]
+    folder = Path(shutil.copytree(built, tmp_path / "model"))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": pipeline}))
+    pipe = subject.stock(built)
+    for task in subject.capabilities.tasks:
+        latents, levels = from_stock(folder, TASKS[task], pipe, subject.run_stock)
+        allowed = subject.allowed(TASKS[task])
+        assert latents <= allowed[0] and levels <= allowed[1], task
 
 
 def test_what_the_mask_leaves_out_stays(folder: Path) -> None:
