@@ -195,6 +195,23 @@ def refusal(cell: Cell, folder: Path) -> str | None:
     return None
 
 
+EVEN_HEADS = "its class needs as many on every rank"
+"""In the one refusal that is no failure: of a model that no family is written for."""
+
+
+def startable(cells: Iterable[Cell], folder: Path, capabilities: Capabilities) -> list[Cell]:
+    """The cells that a checkpoint starts in. The others it must refuse, for want of a plan or of even heads."""
+    found = []
+    for cell in cells:
+        why, missing = refusal(cell, folder), lacks(cell, capabilities)
+        if why is None and not missing:
+            found.append(cell)
+            continue
+        expected = f"has no plan for {missing[0]} parallelism" if missing else EVEN_HEADS
+        assert why and expected in why, f"{cell}: {why or 'it starts'}, and not: {expected}"
+    return found
+
+
 # ---- deliberate faults -----------------------------------------------------------------------------------------------
 
 
