@@ -51,6 +51,8 @@ class Component:
     """Prefixes of keys that the class has no use for."""
     unread: str | None = None
     """A list of layers of which nobody reads what the last one makes: it hands on what it gets, without weights."""
+    unread_layers: int = 1
+    """How many last ones of `unread` that is true of."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the class's configuration holds whatever config.json says."""
     processor: Callable[[], Any] | None = None

@@ -128,7 +128,8 @@ def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.
             module = cls._from_config(getattr(hf_config, component.section) if component.section else hf_config)
     use_processors(module, component)
     if component.unread:
-        hand_on(module.get_submodule(component.unread)[-1])
+        for layer in module.get_submodule(component.unread)[-component.unread_layers :]:
+            hand_on(layer)
     return module
 
 

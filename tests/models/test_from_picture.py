@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -68,28 +70,40 @@ def test_a_mask_that_is_not_put_back_is_seen(folder: Path) -> None:
 
 
 def test_pictures_are_shared_out_among_the_ranks(folder: Path) -> None:
-    """Three pictures over two ranks: each encodes some of them, and both get all, in order."""
+    """Three pictures over two ranks: each encodes some of them, and both get all, in order. And so the tiles of one."""
     with worker(folder, ParallelConfig()) as one:
         alone = dict(enumerate(encode_three(one.model.encoder)[0]))
-    (first, counts_first), (second, counts_second) = run_ranks(encode_on_ranks, 2, folder)
+    (first, counts_first, tiles_first), (second, counts_second, tiles_second) = run_ranks(encode_on_ranks, 2, folder)
     assert (counts_first, counts_second) == (2, 1)
+    assert (tiles_first, tiles_second) == (1, 3)  # by their areas: one is larger than the others together
     for i, moments in alone.items():
         assert torch.equal(first[i], moments)
         assert torch.equal(second[i], moments)
 
 
-def encode_on_ranks(rank: int, size: int, folder: Path) -> tuple[list[torch.Tensor], int]:
-    with worker(folder, ParallelConfig.model_validate({"usp": 2, "vae-pp": 2}), rank) as one:
-        return encode_three(one.model.encoder)
+def encode_on_ranks(rank: int, size: int, folder: Path) -> tuple[list[torch.Tensor], int, int]:
+    """What came of three pictures, how many of them were encoded here, and how many tiles of a large one."""
+    config = ParallelConfig.model_validate({"usp": 2, "vae-pp": 2, "vae_use_tiling": True})
+    with worker(folder, config, rank) as one:
+        moments, count = encode_three(one.model.encoder)
+        with counted(one.model.encoder) as tiles:
+            one.model.encoder.encode(torch.rand(1, 3, 1, 272, 272, generator=torch.Generator().manual_seed(0)))
+        return moments, count, len(tiles)
 
 
 def encode_three(encoder: SharedEncoder) -> tuple[list[torch.Tensor], int]:
     """What came of three pictures, and how many of them were encoded here."""
     generator = torch.Generator().manual_seed(0)
     pictures = [torch.rand(1, 3, 1, 64, width, generator=generator) for width in (64, 80, 96)]
-    vae, counted = encoder._vae[0], []
-    inner = vae._encode
-    vae._encode = lambda x: (counted.append(x), inner(x))[1]
-    with encoder.ahead(pictures):
+    with counted(encoder) as here, encoder.ahead(pictures):
         moments = [encoder.encode(picture).latent_dist.parameters for picture in pictures]
-    return moments, len(counted)
+    return moments, len(here)
+
+
+@contextmanager
+def counted(encoder: SharedEncoder) -> Iterator[list[torch.Size]]:
+    """The sizes of what this rank encodes."""
+    vae, sizes = encoder._vae[0], []
+    inner = vae._encode
+    with patch.object(vae, "_encode", lambda x: (sizes.append(x.shape), inner(x))[1]):
+        yield sizes
