@@ -115,17 +115,22 @@ def every_kind(worker: Worker, tiled: bool, kinds: Kinds = TEXT_TO_IMAGE) -> dic
     return outputs
 
 
-Expected = dict[tuple[str, bool], dict[str, Outputs]]
+Expected = Mapping[tuple[str, bool], dict[str, Outputs]]
 """What one process gives, by checkpoint and whether its decode is tiled."""
 
 
-def one_process(folders: dict[str, Path], kinds: Kinds = TEXT_TO_IMAGE) -> Expected:
-    outputs = {}
-    for name, folder in folders.items():
-        for tiled in (False, True):
-            with worker(folder, ParallelConfig(vae_use_tiling=tiled)) as one:
-                outputs[name, tiled] = every_kind(one, tiled, kinds)
-    return outputs
+class OneProcess(dict[tuple[str, bool], dict[str, Outputs]]):
+    """What it gives is made when it is first asked for: a subset of the layouts needs less than half of it."""
+
+    def __init__(self, folders: dict[str, Path], kinds: Kinds = TEXT_TO_IMAGE) -> None:
+        super().__init__()
+        self._folders, self._kinds = folders, kinds
+
+    def __missing__(self, place: tuple[str, bool]) -> dict[str, Outputs]:
+        name, tiled = place
+        with worker(self._folders[name], ParallelConfig(vae_use_tiling=tiled)) as one:
+            self[place] = every_kind(one, tiled, self._kinds)
+        return self[place]
 
 
 Results = list[tuple[str, Cell, dict[str, Outputs]]]

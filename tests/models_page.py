@@ -41,9 +41,9 @@ from tests.matrix import (
     Cell,
     Differences,
     Expected,
+    OneProcess,
     differences,
     lacks,
-    one_process,
     refusal,
     run_cells,
     run_trials,
@@ -106,12 +106,12 @@ def measure(subject: Subject, root: Path, cells: Mapping[int, list[Cell]], bar: 
     folders = {name: build(root / name) for name, build in subject.variants.items()}
     first = dict([next(iter(folders.items()))])
     _compare_with_stock(subject, first, measured, bar)
-    expected = one_process(folders, subject.kinds)
+    expected = OneProcess(folders, subject.kinds)
     for size, some in cells.items():
         _compare_layouts(subject, folders, expected, size, some, measured, bar)
     if subject.eight:
         large = {"8_heads": subject.eight(root / "8_heads")}
-        _compare_layouts(subject, large, one_process(large, subject.kinds), 8, EIGHT, measured, bar)
+        _compare_layouts(subject, large, OneProcess(large, subject.kinds), 8, EIGHT, measured, bar)
     _try_faults(subject, first, expected, measured, bar)
     return measured
 

@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 
+from darkroom.configs import ParallelConfig
 from darkroom.models import FAMILIES
 from darkroom.models.any_diffusers import AnyDiffusers
 from tests import faults, tiny
-from tests.golden import from_stock
+from tests.golden import difference, from_stock, generate, worker
 from tests.matrix import (
     CELLS,
     Expected,
+    OneProcess,
     Trial,
     differences,
-    one_process,
     run_cells,
     run_trials,
     startable,
@@ -59,7 +60,7 @@ def known() -> dict[str, Expected]:
 @pytest.fixture
 def expected(subject: Subject, folders: dict[str, Path], known: dict[str, Expected]) -> Expected:
     if subject.title not in known:
-        known[subject.title] = one_process(folders, subject.kinds)
+        known[subject.title] = OneProcess(folders, subject.kinds)
     return known[subject.title]
 
 
@@ -73,6 +74,16 @@ def test_one_process_is_the_stock_pipeline(case: str, subject: Subject, stock: A
     latents, levels = from_stock(next(iter(folders.values())), wanted, stock, subject.run_stock)
     allowed = subject.allowed(wanted)
     assert latents <= allowed[0] and levels <= allowed[1]
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, indirect=True)
+def test_samples_that_take_turns_are_each_alone(subject: Subject, folders: dict[str, Path], expected: Expected) -> None:
+    """Bit for bit: what one process gives where requests take turns is what layouts are compared with."""
+    name, folder = next(iter(folders.items()))
+    with worker(folder, ParallelConfig()) as one:
+        requests = subject.kinds["interleaved"].requests
+        alone = {str(i): generate(one, [each])["0"] for i, each in enumerate(requests)}
+    assert difference(expected[name, False]["interleaved"], alone) == 0
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,7 @@ def test_heads_of_the_published_sizes_over_four_ranks(subject: Subject, build: B
     """Z-Image's 30, and those of SD3.5-large: neither divides by four."""
     folders, kinds = {"published": build(tmp_path / "published")}, {"batched": subject.kinds["batched"]}
     results = run_ranks(run_cells, 4, folders, [{"tp": 4}], nullcontext, kinds)
-    worst = differences(results, one_process(folders, kinds))
+    worst = differences(results, OneProcess(folders, kinds))
     assert len(worst) == 4 and unequal(worst) == {}
 
 
