@@ -9,10 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 from PIL import Image
 
 from darkroom.cli import main
+from darkroom.configs import ParallelConfig, SamplingParams
+from tests.golden import generate, worker
+from tests.subjects import TALL, WIDE
 
 BIN = Path(sys.executable).parent
 
@@ -208,6 +212,35 @@ def test_generate_of_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith(f"{path} (seed ")
     with Image.open(path) as picture:
         assert (picture.format, picture.size) == ("PNG", (64, 64))
+
+
+def test_generate_makes_a_video(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.mp4"
+    size = ["--width", "96", "--height", "64", "--num-frames", "5", "--fps", "8"]
+    flags = [*size, "--num-inference-steps", "2", "--seed", "3", "--device", "cpu"]
+    assert main(["generate", str(checkpoints["wan_2_2"]), "a red star", "-o", str(path), *flags]) == 0
+    assert capsys.readouterr().out == f"{path} (seed 3)\n"
+    with av.open(str(path)) as video:
+        assert [(frame.width, frame.height) for frame in video.decode(video=0)] == [(96, 64)] * 5
+
+
+def test_generate_edits_pictures(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the pixel what a worker makes of them, in their order."""
+    folder, path = checkpoints["qwen_image_edit_plus_2511"], tmp_path / "out.png"
+    flags = ["--num-inference-steps", "2", "--width", "112", "--height", "80", "--seed", "3", "--device", "cpu"]
+    for name, content in (("a.png", WIDE), ("b.png", TALL)):
+        (tmp_path / name).write_bytes(content)
+        flags += ["--image", str(tmp_path / name)]
+    assert main(["generate", str(folder), "make it red", "-o", str(path), *flags]) == 0
+    params = SamplingParams(width=112, height=80, num_inference_steps=2, seed=3, images=(WIDE, TALL))
+    with worker(folder, ParallelConfig()) as one, Image.open(path) as picture:
+        [(_, decoded)] = generate(one, [one.model.options.resolve("make it red", params)]).values()
+        assert decoded is not None
+        assert picture.tobytes() == one.model.pictures(decoded)[0].tobytes()
 
 
 # ---- hash-key --------------------------------------------------------------------------------------------------------
