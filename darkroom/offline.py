@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 import uuid
@@ -37,6 +38,8 @@ from .engine.messages import (
 )
 from .models.checkpoint import open_checkpoint
 
+logger = logging.getLogger(__name__)
+
 OnProgress = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all), over all pictures of the call."""
 
@@ -63,6 +66,8 @@ class Darkroom:
         config = EngineConfig.check({"model": os.fspath(model), "log_level": "warning", **spread, **options})
         checkpoint = open_checkpoint(config)
         self.capabilities = checkpoint.capabilities
+        for note in checkpoint.notes(config):
+            logger.warning(note)
         self._engine = EngineProcess(checkpoint.pin(resolve_device(config)))
         self._lock = threading.Lock()  # one socket, whose answers must not be read by another thread's call
         self._context = zmq.Context()

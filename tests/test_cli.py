@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import pytest
 from PIL import Image
 
 from darkroom.cli import main
-from darkroom.configs import ParallelConfig, SamplingParams
+from darkroom.configs import ConfigError, ParallelConfig, SamplingParams
+from darkroom.offline import Darkroom, GenerationError
+from tests import tiny
 from tests.golden import generate, worker
 from tests.subjects import TALL, WIDE
 
@@ -182,6 +185,43 @@ def test_check_says_what_guidance_in_parallel_is_without_guidance(
     assert note.endswith("--usp 4 would share it")
     assert notes("z_image_4_heads", "--usp", "2") == []
     assert notes("qwen_image_4_heads", "--cfg", "2") == []
+
+
+NOTE = "--cfg 2: Z-Image draws without guidance unless a request sets guidance_scale above 0"
+
+
+def test_the_same_is_said_at_start(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the server in its table, by the others in the log. Nothing is started."""
+    tables: list[str] = []
+    monkeypatch.setattr("darkroom.server.run.run_server", lambda *values: tables.append(values[-1]) or 0)
+    monkeypatch.setattr("darkroom.offline.EngineProcess", Mock(side_effect=GenerationError("not started")))
+    folder = str(checkpoints["z_image_4_heads"])
+    for flags, count in (["--cfg", "2"], 1), (["--usp", "2"], 0):
+        assert main(["serve", folder, "--device", "cpu", *flags]) == 0
+        assert tables.pop().count(NOTE) == count
+        assert main(["generate", folder, "a cat", "--device", "cpu", *flags]) == 1
+        with pytest.raises(GenerationError):
+            Darkroom(folder, device="cpu", **{flags[0].strip("-"): 2})
+        assert [NOTE in message for message in caplog.messages] == [True, True][: 2 * count]
+        caplog.clear()
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "check"])
+def test_guidance_in_parallel_without_branches_is_refused(
+    command: str, distilled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ["a cat"] if command == "generate" else []
+    assert main([command, str(distilled), *prompt, "--device", "cpu", "--cfg", "2"]) == 2
+    refused(capsys, "makes one prediction a step, without guidance branches, which every rank would repeat; use --usp")
+    with pytest.raises(ConfigError, match="makes one prediction a step"):
+        Darkroom(distilled, device="cpu", cfg=2)
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.flux2_klein(tmp_path_factory.mktemp("distilled") / "klein", is_distilled=True)
 
 
 def test_check_reads_a_file_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
