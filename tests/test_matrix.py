@@ -18,10 +18,12 @@ from darkroom.configs import ParallelConfig
 from darkroom.models import FAMILIES
 from darkroom.models.any_diffusers import AnyDiffusers
 from tests import faults, tiny
-from tests.golden import difference, from_stock, generate, worker
+from tests.golden import difference, from_stock, generate, request, worker
 from tests.matrix import (
     CELLS,
+    Cell,
     Expected,
+    Kind,
     OneProcess,
     Trial,
     differences,
@@ -107,19 +109,35 @@ def test_every_layout_is_one_process(
 
 
 @pytest.mark.parametrize(
-    ("subject", "build"),
+    ("subject", "build", "cells"),
     [
-        ("z_image", lambda folder: tiny.z_image(folder, heads=30)),
-        ("sd3", lambda folder: tiny.sd3(folder, heads=38, dual=False)),
+        ("z_image", lambda folder: tiny.z_image(folder, heads=30), [{"tp": 4}]),
+        ("sd3", lambda folder: tiny.sd3(folder, heads=38, dual=False), [{"tp": 4}]),
+        ("sd3", lambda folder: tiny.sd3(folder, dual=False, qk_norm=None), [{"tp": 2}, {"usp": 2}]),
     ],
+    ids=["z_image", "sd3.5-large", "sd3"],
     indirect=["subject"],
 )
-def test_heads_of_the_published_sizes_over_four_ranks(subject: Subject, build: Builder, tmp_path: Path) -> None:
-    """Z-Image's 30, and those of SD3.5-large: neither divides by four."""
+def test_heads_and_norms_as_published(subject: Subject, build: Builder, cells: list[Cell], tmp_path: Path) -> None:
+    """Z-Image's 30 heads, and SD3.5-large's 38: neither divides by four. And SD3, which has no norms in attention."""
     folders, kinds = {"published": build(tmp_path / "published")}, {"batched": subject.kinds["batched"]}
-    results = run_ranks(run_cells, 4, folders, [{"tp": 4}], nullcontext, kinds)
-    worst = differences(results, OneProcess(folders, kinds))
-    assert len(worst) == 4 and unequal(worst) == {}
+    size = ParallelConfig.model_validate(cells[0]).world_size
+    worst = differences(run_ranks(run_cells, size, folders, cells, nullcontext, kinds), OneProcess(folders, kinds))
+    assert len(worst) == size * len(cells) and unequal(worst) == {}
+
+
+def test_few_rows_and_many_columns_are_shared(checkpoints: dict[str, Path]) -> None:
+    """Once for every form of attention: the smallest square, and two latent rows for three ranks."""
+    forms = [name for name, subject in SUBJECTS.items() if subject.eight]
+    folders = {name: checkpoints[f"{name}_{next(iter(SUBJECTS[name].variants))}"] for name in forms}
+    one = {"num_frames": 1, "num_inference_steps": 2}
+    kinds = {
+        "smallest": Kind(requests=[request("a cat", width=64, height=64, **one)]),
+        "wide": Kind(requests=[request("a cat", width=384, height=16, **one)]),
+    }
+    cells: list[Cell] = [{"usp": 3, "vae-pp": 3}]
+    worst = differences(run_ranks(run_cells, 3, folders, cells, nullcontext, kinds), OneProcess(folders, kinds))
+    assert len(worst) == 3 * len(forms) * len(kinds) and unequal(worst) == {}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, indirect=True)
