@@ -21,27 +21,27 @@ Fault = Callable[[], AbstractContextManager[None]]
 CELLS: dict[int, list[Cell]] = {
     2: [
         {"usp": 2},
-        {"ring": 2},
+        {"ring": 2, "vae-pp": 2},
         {"tp": 2},
-        {"cfg": 2},
         {"cfg": 2, "vae-pp": 2},
+        {"cfg": 2, "vae-pp": 2, "vae_use_tiling": True},
         {"tp": 2, "vae-pp": 2},
         {"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
     ],
     3: [{"usp": 3, "vae-pp": 3}, {"ring": 3}, {"tp": 3}],
     4: [
-        {"usp": 4},
-        {"ring": 4},
-        {"tp": 4},
+        {"usp": 4, "vae-pp": 4},
+        {"ring": 4, "vae-pp": 4},
+        {"tp": 4, "vae-pp": 4},
         {"usp": 2, "ring": 2, "vae-pp": 4},
         {"usp": 2, "tp": 2, "vae-pp": 3},
-        {"ring": 2, "tp": 2},
+        {"ring": 2, "tp": 2, "vae-pp": 2},
         {"cfg": 2, "usp": 2},
-        {"cfg": 2, "ring": 2},
+        {"cfg": 2, "ring": 2, "vae-pp": 2, "vae_use_tiling": True},
         {"cfg": 2, "tp": 2, "vae-pp": 4, "vae_use_tiling": True},
     ],
 }
-"""Layouts by world size: every axis, and every product of two."""
+"""Layouts by world size: every axis, and every product of two, with the VAE on all, some and one of the ranks."""
 
 EIGHT: list[Cell] = [{"usp": 8}, {"ring": 8}, {"usp": 2, "ring": 2, "tp": 2}, {"cfg": 2, "usp": 2, "tp": 2}]
 """On 8 ranks, for one family of each form of attention: the two that need as many heads or chunks, and all axes."""
@@ -49,7 +49,7 @@ EIGHT: list[Cell] = [{"usp": 8}, {"ring": 8}, {"usp": 2, "ring": 2, "tp": 2}, {"
 PAIRWISE: dict[int, list[Cell]] = {
     2: [
         {"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
-        {"ring": 2},
+        {"ring": 2, "vae-pp": 2},
         {"tp": 2, "vae-pp": 2},
         {"cfg": 2},
     ],
@@ -61,11 +61,14 @@ PAIRWISE: dict[int, list[Cell]] = {
 }
 """What the first family is tried in, unless pytest is given `--matrix`: each in one of the checkpoints."""
 
-FEW: dict[int, list[Cell]] = {
-    2: [{"tp": 2, "vae-pp": 2}, {"usp": 2, "vae-pp": 2, "vae_use_tiling": True}],
-    4: [{"cfg": 2, "ring": 2}],
-}
-"""The same, for the other families."""
+_TILES: Cell = {"vae-pp": 2, "vae_use_tiling": True}
+FEW: list[dict[int, list[Cell]]] = [
+    {2: [{"tp": 2, "vae-pp": 2}, {"usp": 2, **_TILES}], 4: [{"cfg": 2, "ring": 2}]},
+    {2: [{"cfg": 2, "vae-pp": 2}, {"usp": 2, **_TILES}], 4: [{"ring": 2, "tp": 2, "vae-pp": 2}]},
+    {2: [{"tp": 2, "vae-pp": 2}, {"ring": 2, **_TILES}], 4: [{"cfg": 2, "usp": 2}]},
+    {2: [{"ring": 2, "vae-pp": 2}, {"usp": 2, **_TILES}], 4: [{"cfg": 2, "tp": 2}]},
+]
+"""What another family is tried in, one of these: each has every axis and tiles, and all have every pair of axes."""
 
 PAIR = [
     request("a cat on the left", seed=3),  # uneven: 35 image tokens, and text lengths that no degree divides
@@ -184,11 +187,16 @@ def unequal(worst: Differences) -> Differences:
     return {place: value for place, value in worst.items() if not value <= allowed(place[3])}
 
 
-def lacks(cell: Cell, capabilities: Capabilities) -> list[str]:
-    """The axes of a cell that a model has no plan for. Where there are some, the model must refuse the layout."""
+def axes(cell: Cell) -> list[str]:
+    """Those that a cell spreads a model over."""
     config = ParallelConfig.model_validate(cell)
     degrees = {**config.axes, "vae": config.vae_patch_parallel_size}
-    return [axis for axis, degree in degrees.items() if degree > 1 and axis not in capabilities.axes]
+    return [axis for axis, degree in degrees.items() if degree > 1]
+
+
+def lacks(cell: Cell, capabilities: Capabilities) -> list[str]:
+    """The axes of a cell that a model has no plan for. Where there are some, the model must refuse the layout."""
+    return [axis for axis in axes(cell) if axis not in capabilities.axes]
 
 
 def refusal(cell: Cell, folder: Path) -> str | None:

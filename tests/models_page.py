@@ -196,8 +196,12 @@ def section(subject: Subject, measured: Measured, cells: Mapping[int, list[Cell]
     every = [cell for some in cells.values() for cell in some] + (EIGHT if subject.eight else [])
     header = ["layout", "ranks", *(name.replace("_", " ") for name in variants), "tiles"]
     rows = [header, ["---"] * len(header), *(_row(cell, subject, variants, measured) for cell in every)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join(map(_line, rows))
     return f"{describe(subject.capabilities)}\n{table}\n\n{_facts(subject, measured)}\n"
+
+
+def _line(row: Iterable[str]) -> str:
+    return f"| {' | '.join(row)} |"
 
 
 def _row(cell: Cell, subject: Subject, variants: Iterable[str], measured: Measured) -> list[str]:
@@ -238,15 +242,19 @@ def write(page: Path, new: Mapping[str, str], titles: Iterable[str]) -> None:
     page.write_text(re.sub(r"\n{3,}", "\n\n", text))
 
 
-def _described_anew(page: Path, subjects: Iterable[Subject]) -> dict[str, str]:
-    """The page's sections, with what was measured as it is."""
+def _described_anew(page: Path, subjects: Iterable[Subject], cells: Mapping[int, list[Cell]]) -> dict[str, str]:
+    """The page's sections, with what was measured as it is. Layouts that are new were not tried."""
     old = {text.partition("\n")[0]: text for text in page.read_text().split("\n## ")[1:]}
-    capabilities = {subject.title: subject.capabilities for subject in subjects}
-    return {
-        title: f"{describe(capabilities[title])}\n| layout{text.partition('| layout')[2].rstrip()}\n"
-        for title, text in old.items()
-        if title in capabilities
-    }
+    sections = {}
+    for subject in (subject for subject in subjects if subject.title in old):
+        head, *lines = f"| layout{old[subject.title].partition('| layout')[2].rstrip()}".split("\n")
+        rule, measured = lines[0], {line.split("`")[1]: line for line in lines[1:] if line.startswith("| `")}
+        variants = head.strip("| ").split(" | ")[2:-1]
+        every = [cell for some in cells.values() for cell in some] + (EIGHT if subject.eight else [])
+        rows = [measured.get(flags(cell)) or _line(_row(cell, subject, variants, Measured())) for cell in every]
+        table = "\n".join([head, rule, *rows])
+        sections[subject.title] = f"{describe(subject.capabilities)}\n{table}\n\n{lines[-1]}\n"
+    return sections
 
 
 def main(
@@ -265,7 +273,7 @@ def main(
     torch.set_num_threads(1)
     titles, failures = [subject.title for subject in subjects.values()], []
     if asked.capabilities:
-        write(page, _described_anew(page, [subjects[name] for name in names]), titles)
+        write(page, _described_anew(page, [subjects[name] for name in names], cells), titles)
         return 0
     with tqdm(total=sum(comparisons(subjects[name], cells) for name in names), unit="cell") as bar:
         for name in names:

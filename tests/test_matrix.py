@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.matrix import (
     Kind,
     OneProcess,
     Trial,
+    axes,
     differences,
     run_cells,
     run_trials,
@@ -34,7 +36,7 @@ from tests.matrix import (
     unseen,
 )
 from tests.ranks import run_ranks
-from tests.subjects import SUBJECTS, Builder, Subject
+from tests.subjects import QWEN_IMAGE, SUBJECTS, Builder, Subject
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,19 @@ def test_a_fault_that_does_not_show_is_named() -> None:
     wanted = {"0": (torch.zeros(1), torch.zeros(1))}
     results = [[[("a", trial.cell, {"batched": wanted})]]]
     assert unseen([trial], results, {("a", False): {"batched": wanted}}) == {"ring_skips_a_hop": frozenset()}
+
+
+def test_few_layouts_have_every_pair_of_axes() -> None:
+    """Those that are tried without `--matrix`: every family in every axis and in tiles, all families in every pair."""
+    every, pairs = set(QWEN_IMAGE.capabilities.axes), set()
+    for subject in (subject for subject in SUBJECTS.values() if subject.family is not AnyDiffusers):
+        cells = [cell for some in subject.subset.values() for cell in some]
+        assert {axis for cell in cells for axis in axes(cell)} == every
+        assert any("vae_use_tiling" in cell for cell in cells)
+        pairs |= {pair for cell in cells for pair in combinations(sorted(axes(cell)), 2)}
+    assert pairs == set(combinations(sorted(every), 2))
+    whole = [cell for cells in CELLS.values() for cell in cells]
+    assert pairs == {pair for cell in whole for pair in combinations(sorted(axes(cell)), 2)}
 
 
 def test_every_family_is_a_subject_and_every_fault_is_tried() -> None:
