@@ -88,8 +88,6 @@ class Kind:
     """Steps share forward passes; else they take turns."""
     tiled: bool = False
     """Too large for one tile: made where the decode is tiled, and nowhere else."""
-    decodes_noise: bool = True
-    """And decoded before the first step, which not every model can."""
 
 
 Kinds = Mapping[str, Kind]
@@ -113,7 +111,7 @@ def every_kind(worker: Worker, tiled: bool, kinds: Kinds = TEXT_TO_IMAGE) -> dic
     for name, kind in kinds.items():
         if tiled or not kind.tiled:
             outputs[name] = generate(worker, kind.requests, batched=kind.batched)
-        if kind.tiled and tiled and kind.decodes_noise:
+        if kind.tiled and tiled:
             outputs[TILES + name] = decode_noise(worker, kind.requests)
     return outputs
 

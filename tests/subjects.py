@@ -616,11 +616,15 @@ OTHER_REQUESTS = {
     "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=4),
     "no guidance": request("a cat", guidance_scale=1.0, num_inference_steps=1, max_sequence_length=32),
 }
-OTHER_KINDS = {**TEXT_TO_IMAGE, "large": replace(TEXT_TO_IMAGE["large"], decodes_noise=False)}
-"""A stock pipeline decodes at the end of its call only."""
-ROWS = Trial(fault=faults.rows_of_both_branches_are_swapped, cell={"cfg": 2}, kinds=GUIDED)
-SPREAD = (*TRIALS[:3], FUSED, GROUP_NORMS)
-"""Faults that show wherever diffusers' own plans are used."""
+CALLS = Trial(fault=faults.answers_of_both_calls_are_swapped, cell={"cfg": 2}, kinds=GUIDED)
+SPREAD = (*TRIALS[:3], *TRIALS[4:], CALLS, FUSED, GROUP_NORMS)
+"""Faults that show wherever diffusers' own plans are used, by pipelines that evaluate one branch after another."""
+ROWS = (
+    Trial(fault=faults.rows_of_both_branches_are_swapped, cell={"cfg": 2}, kinds=GUIDED),
+    *(replace(trial, cell={"cfg": 2, "vae-pp": 2}) for trial in (TRIALS[4], GROUP_NORMS)),
+    replace(TRIALS[5], cell={"cfg": 2, "vae-pp": 2, "vae_use_tiling": True}),
+)
+"""Those of pipelines that evaluate both branches as one batch, and are spread by no other axis."""
 
 
 def other(pipeline: Any, build: Builder, *trials: Trial, **values: Any) -> Subject:
@@ -629,7 +633,7 @@ def other(pipeline: Any, build: Builder, *trials: Trial, **values: Any) -> Subje
         variants={"4_heads": build},
         pipeline=pipeline,
         run_stock=run_other,
-        **{"requests": OTHER_REQUESTS, "kinds": OTHER_KINDS, "trials": trials, **values},
+        **{"requests": OTHER_REQUESTS, "trials": trials, **values},
     )
 
 
@@ -639,11 +643,11 @@ FLUX_2_KLEIN = other(
     tiny.flux2_klein,
     *SPREAD,
     requests={**OTHER_REQUESTS, "edit": request("a cat in blue", task="edit", images=(WIDE,), num_inference_steps=2)},
-    kinds={**OTHER_KINDS, "edit": Kind(requests=[request("a cat in blue", task="edit", images=(WIDE,))])},
+    kinds={**TEXT_TO_IMAGE, "edit": Kind(requests=[request("a cat in blue", task="edit", images=(WIDE,))])},
     subset={2: [{"tp": 2}]},
 )
-AURA_FLOW = other(diffusers.AuraFlowPipeline, tiny.aura_flow, ROWS, subset={2: [{"cfg": 2}, {"cfg": 2, "vae-pp": 2}]})
-PIXART_SIGMA = other(diffusers.PixArtSigmaPipeline, tiny.pixart_sigma, ROWS, subset={})
+AURA_FLOW = other(diffusers.AuraFlowPipeline, tiny.aura_flow, *ROWS, subset={2: [{"cfg": 2}, {"cfg": 2, "vae-pp": 2}]})
+PIXART_SIGMA = other(diffusers.PixArtSigmaPipeline, tiny.pixart_sigma, *ROWS, subset={})
 
 SUBJECTS: dict[str, Subject] = {
     "qwen_image": QWEN_IMAGE,

@@ -31,9 +31,9 @@ from darkroom.server.fields import GenerationRequest
 from darkroom.server.uploads import Pictures
 from tests import tiny
 from tests.golden import TOLERANCE, difference, generate, picture_file, request, stock_pipeline, worker
-from tests.matrix import Cell, refusal, run_cells
+from tests.matrix import TEXT_TO_IMAGE, Cell, refusal, run_cells
 from tests.ranks import RankError, run_ranks
-from tests.subjects import MASK, OTHER_KINDS, WIDE, opened, run_other
+from tests.subjects import MASK, WIDE, opened, run_other
 
 STOCK = {
     "flux": FluxPipeline,
@@ -200,7 +200,7 @@ def branches_are_not_exchanged() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["flux", "flux2_klein"])
 def test_a_placeholder_that_is_not_filled_is_told(name: str, folders: dict[str, Path]) -> None:
     with pytest.raises(RankError, match="used a guidance branch before it asked for the other"):
-        run_ranks(run_cells, 2, {name: folders[name]}, [{"cfg": 2}], branches_are_not_exchanged, OTHER_KINDS)
+        run_ranks(run_cells, 2, {name: folders[name]}, [{"cfg": 2}], branches_are_not_exchanged, TEXT_TO_IMAGE)
 
 
 # ---- at the start ----------------------------------------------------------------------------------------------------
