@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 import uuid
@@ -38,6 +39,8 @@ from .engine.messages import (
 )
 from .models.checkpoint import open_checkpoint
 
+logger = logging.getLogger(__name__)
+
 _OPEN = 16
 """Requests that are with the engine at once: more than it runs, and few enough that their pictures fit its queue."""
 
@@ -68,6 +71,8 @@ class Darkroom:
         checkpoint = open_checkpoint(config)
         self.capabilities = checkpoint.capabilities
         self._max_open = min(_OPEN, config.max_queue)
+        for note in checkpoint.notes(config):
+            logger.warning(note)
         self._engine = EngineProcess(checkpoint.pin(resolve_device(config)))
         self._lock = threading.Lock()  # one socket, whose answers must not be read by another thread's call
         self._context = zmq.Context()

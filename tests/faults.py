@@ -90,6 +90,23 @@ def rows_of_both_branches_are_swapped() -> Iterator[None]:
 
 
 @contextmanager
+def answers_of_both_calls_are_swapped() -> Iterator[None]:
+    """Of the pipelines that evaluate one branch after another."""
+    inner = guidance.BranchCalls._exchange
+
+    def swapped(self: guidance.BranchCalls) -> None:
+        first, second = self._calls
+        inner(self)
+        for a, b in zip(first, second, strict=True):
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)
+
+    with patch.object(guidance.BranchCalls, "_exchange", swapped):
+        yield
+
+
+@contextmanager
 def parts_are_cut_as_one() -> Iterator[None]:
     """A fused projection cut as if it were one tensor."""
 

@@ -16,8 +16,11 @@ from torch import Tensor
 from darkroom.configs import EngineConfig, ParallelConfig, Request
 from darkroom.engine.messages import Decode, Prepare
 from darkroom.engine.worker import Worker
+from darkroom.models.any_diffusers import AnyDiffusers
+from darkroom.models.base import Model
 from darkroom.models.build import build
 from darkroom.models.checkpoint import open_checkpoint
+from darkroom.models.stepwise import EndOfCall
 from darkroom.parallel.mesh import Mesh
 
 TOLERANCE = 1e-5
@@ -90,9 +93,23 @@ def generate(worker: Worker, requests: Sequence[Request], *, batched: bool = Fal
 
 def decode_noise(worker: Worker, requests: Sequence[Request]) -> Outputs:
     """Requests that are decoded before their first step."""
+    if isinstance(worker.model, AnyDiffusers):
+        return {str(i): _decode_drawn(worker.model, each) for i, each in enumerate(requests)}
     ids = tuple(str(i) for i in range(len(requests)))
     worker.execute(Prepare(ids=ids, requests=tuple(requests)))
     return {id: (worker.samples[id].latents, worker.decode(Decode(ids=(id,)))) for id in ids}
+
+
+def _decode_drawn(model: Model, request: Request) -> tuple[Tensor, Tensor | None]:
+    """A stock pipeline decodes at the end of its call only: what it would give its VAE is drawn instead."""
+    config = model.pipe.vae.config
+    scale = 2 ** (len(config.block_out_channels) - 1)
+    shape = (1, config.latent_channels, request.height // scale, request.width // scale)
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+    try:
+        return z, model.pipe.vae.decode(z).sample
+    except EndOfCall:
+        return z, None
 
 
 def from_stock(folder: Path, request: Request, pipe: Any, run_stock: Callable[..., Any]) -> tuple[float, int]:

@@ -21,27 +21,27 @@ Fault = Callable[[], AbstractContextManager[None]]
 CELLS: dict[int, list[Cell]] = {
     2: [
         {"usp": 2},
-        {"ring": 2},
+        {"ring": 2, "vae-pp": 2},
         {"tp": 2},
-        {"cfg": 2},
         {"cfg": 2, "vae-pp": 2},
+        {"cfg": 2, "vae-pp": 2, "vae_use_tiling": True},
         {"tp": 2, "vae-pp": 2},
         {"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
     ],
     3: [{"usp": 3, "vae-pp": 3}, {"ring": 3}, {"tp": 3}],
     4: [
-        {"usp": 4},
-        {"ring": 4},
-        {"tp": 4},
+        {"usp": 4, "vae-pp": 4},
+        {"ring": 4, "vae-pp": 4},
+        {"tp": 4, "vae-pp": 4},
         {"usp": 2, "ring": 2, "vae-pp": 4},
         {"usp": 2, "tp": 2, "vae-pp": 3},
-        {"ring": 2, "tp": 2},
+        {"ring": 2, "tp": 2, "vae-pp": 2},
         {"cfg": 2, "usp": 2},
-        {"cfg": 2, "ring": 2},
+        {"cfg": 2, "ring": 2, "vae-pp": 2, "vae_use_tiling": True},
         {"cfg": 2, "tp": 2, "vae-pp": 4, "vae_use_tiling": True},
     ],
 }
-"""Layouts by world size: every axis, and every product of two."""
+"""Layouts by world size: every axis, and every product of two, with the VAE on all, some and one of the ranks."""
 
 EIGHT: list[Cell] = [{"usp": 8}, {"ring": 8}, {"usp": 2, "ring": 2, "tp": 2}, {"cfg": 2, "usp": 2, "tp": 2}]
 """On 8 ranks, for one family of each form of attention: the two that need as many heads or chunks, and all axes."""
@@ -49,7 +49,7 @@ EIGHT: list[Cell] = [{"usp": 8}, {"ring": 8}, {"usp": 2, "ring": 2, "tp": 2}, {"
 PAIRWISE: dict[int, list[Cell]] = {
     2: [
         {"usp": 2, "vae-pp": 2, "vae_use_tiling": True},
-        {"ring": 2},
+        {"ring": 2, "vae-pp": 2},
         {"tp": 2, "vae-pp": 2},
         {"cfg": 2},
     ],
@@ -61,11 +61,14 @@ PAIRWISE: dict[int, list[Cell]] = {
 }
 """What the first family is tried in, unless pytest is given `--matrix`: each in one of the checkpoints."""
 
-FEW: dict[int, list[Cell]] = {
-    2: [{"tp": 2, "vae-pp": 2}, {"usp": 2, "vae-pp": 2, "vae_use_tiling": True}],
-    4: [{"cfg": 2, "ring": 2}],
-}
-"""The same, for the other families."""
+_TILES: Cell = {"vae-pp": 2, "vae_use_tiling": True}
+FEW: list[dict[int, list[Cell]]] = [
+    {2: [{"tp": 2, "vae-pp": 2}, {"usp": 2, **_TILES}], 4: [{"cfg": 2, "ring": 2}]},
+    {2: [{"cfg": 2, "vae-pp": 2}, {"usp": 2, **_TILES}], 4: [{"ring": 2, "tp": 2, "vae-pp": 2}]},
+    {2: [{"tp": 2, "vae-pp": 2}, {"ring": 2, **_TILES}], 4: [{"cfg": 2, "usp": 2}]},
+    {2: [{"ring": 2, "vae-pp": 2}, {"usp": 2, **_TILES}], 4: [{"cfg": 2, "tp": 2}]},
+]
+"""What another family is tried in, one of these: each has every axis and tiles, and all have every pair of axes."""
 
 PAIR = [
     request("a cat on the left", seed=3),  # uneven: 35 image tokens, and text lengths that no degree divides
@@ -85,8 +88,6 @@ class Kind:
     """Steps share forward passes; else they take turns."""
     tiled: bool = False
     """Too large for one tile: made where the decode is tiled, and nowhere else."""
-    decodes_noise: bool = True
-    """And decoded before the first step, which not every model can."""
 
 
 Kinds = Mapping[str, Kind]
@@ -110,22 +111,27 @@ def every_kind(worker: Worker, tiled: bool, kinds: Kinds = TEXT_TO_IMAGE) -> dic
     for name, kind in kinds.items():
         if tiled or not kind.tiled:
             outputs[name] = generate(worker, kind.requests, batched=kind.batched)
-        if kind.tiled and tiled and kind.decodes_noise:
+        if kind.tiled and tiled:
             outputs[TILES + name] = decode_noise(worker, kind.requests)
     return outputs
 
 
-Expected = dict[tuple[str, bool], dict[str, Outputs]]
+Expected = Mapping[tuple[str, bool], dict[str, Outputs]]
 """What one process gives, by checkpoint and whether its decode is tiled."""
 
 
-def one_process(folders: dict[str, Path], kinds: Kinds = TEXT_TO_IMAGE) -> Expected:
-    outputs = {}
-    for name, folder in folders.items():
-        for tiled in (False, True):
-            with worker(folder, ParallelConfig(vae_use_tiling=tiled)) as one:
-                outputs[name, tiled] = every_kind(one, tiled, kinds)
-    return outputs
+class OneProcess(dict[tuple[str, bool], dict[str, Outputs]]):
+    """What it gives is made when it is first asked for: a subset of the layouts needs less than half of it."""
+
+    def __init__(self, folders: dict[str, Path], kinds: Kinds = TEXT_TO_IMAGE) -> None:
+        super().__init__()
+        self._folders, self._kinds = folders, kinds
+
+    def __missing__(self, place: tuple[str, bool]) -> dict[str, Outputs]:
+        name, tiled = place
+        with worker(self._folders[name], ParallelConfig(vae_use_tiling=tiled)) as one:
+            self[place] = every_kind(one, tiled, self._kinds)
+        return self[place]
 
 
 Results = list[tuple[str, Cell, dict[str, Outputs]]]
@@ -179,11 +185,16 @@ def unequal(worst: Differences) -> Differences:
     return {place: value for place, value in worst.items() if not value <= allowed(place[3])}
 
 
-def lacks(cell: Cell, capabilities: Capabilities) -> list[str]:
-    """The axes of a cell that a model has no plan for. Where there are some, the model must refuse the layout."""
+def axes(cell: Cell) -> list[str]:
+    """Those that a cell spreads a model over."""
     config = ParallelConfig.model_validate(cell)
     degrees = {**config.axes, "vae": config.vae_patch_parallel_size}
-    return [axis for axis, degree in degrees.items() if degree > 1 and axis not in capabilities.axes]
+    return [axis for axis, degree in degrees.items() if degree > 1]
+
+
+def lacks(cell: Cell, capabilities: Capabilities) -> list[str]:
+    """The axes of a cell that a model has no plan for. Where there are some, the model must refuse the layout."""
+    return [axis for axis in axes(cell) if axis not in capabilities.axes]
 
 
 def refusal(cell: Cell, folder: Path) -> str | None:
@@ -193,6 +204,23 @@ def refusal(cell: Cell, folder: Path) -> str | None:
     except ConfigError as e:
         return str(e)
     return None
+
+
+EVEN_HEADS = "its class needs as many on every rank"
+"""In the one refusal that is no failure: of a model that no family is written for."""
+
+
+def startable(cells: Iterable[Cell], folder: Path, capabilities: Capabilities) -> list[Cell]:
+    """The cells that a checkpoint starts in. The others it must refuse, for want of a plan or of even heads."""
+    found = []
+    for cell in cells:
+        why, missing = refusal(cell, folder), lacks(cell, capabilities)
+        if why is None and not missing:
+            found.append(cell)
+            continue
+        expected = f"has no plan for {missing[0]} parallelism" if missing else EVEN_HEADS
+        assert why and expected in why, f"{cell}: {why or 'it starts'}, and not: {expected}"
+    return found
 
 
 # ---- deliberate faults -----------------------------------------------------------------------------------------------

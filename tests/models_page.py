@@ -36,13 +36,14 @@ from tests.golden import TOLERANCE, from_stock
 from tests.matrix import (
     CELLS,
     EIGHT,
+    EVEN_HEADS,
     TILES,
     Cell,
     Differences,
     Expected,
+    OneProcess,
     differences,
     lacks,
-    one_process,
     refusal,
     run_cells,
     run_trials,
@@ -53,9 +54,6 @@ from tests.ranks import RankError, run_ranks
 from tests.subjects import SUBJECTS, Subject
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-_EVEN_HEADS = "its class needs as many on every rank"
-"""In the one refusal that is no failure: of a model that no family is written for."""
-
 TIMEOUT = 600.0
 """Seconds for one group of ranks, which runs many cells."""
 
@@ -108,12 +106,12 @@ def measure(subject: Subject, root: Path, cells: Mapping[int, list[Cell]], bar: 
     folders = {name: build(root / name) for name, build in subject.variants.items()}
     first = dict([next(iter(folders.items()))])
     _compare_with_stock(subject, first, measured, bar)
-    expected = one_process(folders, subject.kinds)
+    expected = OneProcess(folders, subject.kinds)
     for size, some in cells.items():
         _compare_layouts(subject, folders, expected, size, some, measured, bar)
     if subject.eight:
         large = {"8_heads": subject.eight(root / "8_heads")}
-        _compare_layouts(subject, large, one_process(large, subject.kinds), 8, EIGHT, measured, bar)
+        _compare_layouts(subject, large, OneProcess(large, subject.kinds), 8, EIGHT, measured, bar)
     _try_faults(subject, first, expected, measured, bar)
     return measured
 
@@ -142,7 +140,7 @@ def _compare_layouts(
     planned = [cell for cell in cells if not lacks(cell, subject.capabilities)]
     refused = {str(cell): why for cell in planned for folder in folders.values() if (why := refusal(cell, folder))}
     measured.refused |= refused.keys()
-    measured.failures += [f"{cell}: {why}" for cell, why in refused.items() if _EVEN_HEADS not in why]
+    measured.failures += [f"{cell}: {why}" for cell, why in refused.items() if EVEN_HEADS not in why]
     tried = [cell for cell in planned if str(cell) not in refused]
     if tried:
         try:
@@ -198,8 +196,12 @@ def section(subject: Subject, measured: Measured, cells: Mapping[int, list[Cell]
     every = [cell for some in cells.values() for cell in some] + (EIGHT if subject.eight else [])
     header = ["layout", "ranks", *(name.replace("_", " ") for name in variants), "tiles"]
     rows = [header, ["---"] * len(header), *(_row(cell, subject, variants, measured) for cell in every)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join(map(_line, rows))
     return f"{describe(subject.capabilities)}\n{table}\n\n{_facts(subject, measured)}\n"
+
+
+def _line(row: Iterable[str]) -> str:
+    return f"| {' | '.join(row)} |"
 
 
 def _row(cell: Cell, subject: Subject, variants: Iterable[str], measured: Measured) -> list[str]:
@@ -240,15 +242,19 @@ def write(page: Path, new: Mapping[str, str], titles: Iterable[str]) -> None:
     page.write_text(re.sub(r"\n{3,}", "\n\n", text))
 
 
-def _described_anew(page: Path, subjects: Iterable[Subject]) -> dict[str, str]:
-    """The page's sections, with what was measured as it is."""
+def _described_anew(page: Path, subjects: Iterable[Subject], cells: Mapping[int, list[Cell]]) -> dict[str, str]:
+    """The page's sections, with what was measured as it is. Layouts that are new were not tried."""
     old = {text.partition("\n")[0]: text for text in page.read_text().split("\n## ")[1:]}
-    capabilities = {subject.title: subject.capabilities for subject in subjects}
-    return {
-        title: f"{describe(capabilities[title])}\n| layout{text.partition('| layout')[2].rstrip()}\n"
-        for title, text in old.items()
-        if title in capabilities
-    }
+    sections = {}
+    for subject in (subject for subject in subjects if subject.title in old):
+        head, *lines = f"| layout{old[subject.title].partition('| layout')[2].rstrip()}".split("\n")
+        rule, measured = lines[0], {line.split("`")[1]: line for line in lines[1:] if line.startswith("| `")}
+        variants = head.strip("| ").split(" | ")[2:-1]
+        every = [cell for some in cells.values() for cell in some] + (EIGHT if subject.eight else [])
+        rows = [measured.get(flags(cell)) or _line(_row(cell, subject, variants, Measured())) for cell in every]
+        table = "\n".join([head, rule, *rows])
+        sections[subject.title] = f"{describe(subject.capabilities)}\n{table}\n\n{lines[-1]}\n"
+    return sections
 
 
 def main(
@@ -267,7 +273,7 @@ def main(
     torch.set_num_threads(1)
     titles, failures = [subject.title for subject in subjects.values()], []
     if asked.capabilities:
-        write(page, _described_anew(page, [subjects[name] for name in names]), titles)
+        write(page, _described_anew(page, [subjects[name] for name in names], cells), titles)
         return 0
     with tqdm(total=sum(comparisons(subjects[name], cells) for name in names), unit="cell") as bar:
         for name in names:

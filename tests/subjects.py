@@ -124,7 +124,7 @@ class Subject:
     """Compared between layouts."""
     trials: tuple[Trial, ...] = TRIALS
     """Faults that must show in the first variant."""
-    subset: Mapping[int, list[Cell]] = field(default_factory=lambda: FEW)
+    subset: Mapping[int, list[Cell]] = field(default_factory=lambda: FEW[0])
     """The layouts that are tried unless the whole matrix is asked for."""
 
     @property
@@ -374,6 +374,7 @@ QWEN_IMAGE_EDIT_PLUS = Subject(
         MASKS,
         replace(ONE_PICTURE, kinds=EVERY | {"two"}),
     ),
+    subset=FEW[1],
 )
 
 QWEN_IMAGE_LAYERED = Subject(
@@ -391,6 +392,7 @@ QWEN_IMAGE_LAYERED = Subject(
     },
     kinds=edits(task="layered", layers=2),
     trials=(*TRIALS, MASKS, ONE_PICTURE),
+    subset=FEW[2],
 )
 
 Z_IMAGE = Subject(
@@ -412,6 +414,7 @@ Z_IMAGE = Subject(
     kinds={**TEXT_TO_IMAGE, **DRAWN_OVER},
     batches_branches=True,
     trials=(*TRIALS, GROUP_NORMS),
+    subset=FEW[3],
 )
 
 APOSTROPHES = "a cat that doesn't look, it's blue and won't move; 'it's a cat'"
@@ -451,6 +454,7 @@ LONGCAT_IMAGE_EDIT = Subject(
     },
     kinds=edits(),
     trials=(*TRIALS, FUSED, GROUP_NORMS, ONE_PICTURE),
+    subset=FEW[1],
 )
 
 OVIS_IMAGE = Subject(
@@ -467,6 +471,7 @@ OVIS_IMAGE = Subject(
         "short window": request("a very long prompt about a tree on the left", max_sequence_length=5),
     },
     trials=(*TRIALS, FUSED, GROUP_NORMS),
+    subset=FEW[2],
 )
 
 LONG = "three tiny yellow stars and a very large orange house " * 4  # longer than CLIP's 77 tokens
@@ -501,6 +506,7 @@ SD3 = Subject(
         Trial(fault=faults.attention_of_one_stream_stays_local, cell={"ring": 2}, kinds=EVERY),
         Trial(fault=faults.biases_are_those_of_the_first_heads, cell={"tp": 2}, kinds=EVERY),
     ),
+    subset=FEW[3],
 )
 
 
@@ -565,6 +571,7 @@ WAN = Subject(
     },
     kinds=videos(),
     trials=(*TRIALS, Trial(fault=faults.norms_are_of_a_rank_alone, cell={"tp": 2}, kinds=EVERY)),
+    subset=FEW[2],
 )
 
 
@@ -595,6 +602,7 @@ WAN_IMAGE_TO_VIDEO = Subject(
         Trial(fault=faults.norms_are_of_a_rank_alone, cell={"tp": 2}, kinds=EVERY),
         ONE_PICTURE,
     ),
+    subset=FEW[1],
 )
 
 
@@ -626,11 +634,15 @@ OTHER_REQUESTS = {
     "negative prompt": request("a house", negative_prompt="red, blurry", guidance_scale=2.5, num_inference_steps=4),
     "no guidance": request("a cat", guidance_scale=1.0, num_inference_steps=1, max_sequence_length=32),
 }
-OTHER_KINDS = {**TEXT_TO_IMAGE, "large": replace(TEXT_TO_IMAGE["large"], decodes_noise=False)}
-"""A stock pipeline decodes at the end of its call only."""
-ROWS = Trial(fault=faults.rows_of_both_branches_are_swapped, cell={"cfg": 2}, kinds=GUIDED)
-SPREAD = (*TRIALS[:3], FUSED, GROUP_NORMS)
-"""Faults that show wherever diffusers' own plans are used."""
+CALLS = Trial(fault=faults.answers_of_both_calls_are_swapped, cell={"cfg": 2}, kinds=GUIDED)
+SPREAD = (*TRIALS[:3], *TRIALS[4:], CALLS, FUSED, GROUP_NORMS)
+"""Faults that show wherever diffusers' own plans are used, by pipelines that evaluate one branch after another."""
+ROWS = (
+    Trial(fault=faults.rows_of_both_branches_are_swapped, cell={"cfg": 2}, kinds=GUIDED),
+    *(replace(trial, cell={"cfg": 2, "vae-pp": 2}) for trial in (TRIALS[4], GROUP_NORMS)),
+    replace(TRIALS[5], cell={"cfg": 2, "vae-pp": 2, "vae_use_tiling": True}),
+)
+"""Those of pipelines that evaluate both branches as one batch, and are spread by no other axis."""
 
 
 def other(pipeline: Any, build: Builder, *trials: Trial, **values: Any) -> Subject:
@@ -639,7 +651,7 @@ def other(pipeline: Any, build: Builder, *trials: Trial, **values: Any) -> Subje
         variants={"4_heads": build},
         pipeline=pipeline,
         run_stock=run_other,
-        **{"requests": OTHER_REQUESTS, "kinds": OTHER_KINDS, "trials": trials, **values},
+        **{"requests": OTHER_REQUESTS, "trials": trials, **values},
     )
 
 
@@ -649,11 +661,11 @@ FLUX_2_KLEIN = other(
     tiny.flux2_klein,
     *SPREAD,
     requests={**OTHER_REQUESTS, "edit": request("a cat in blue", task="edit", images=(WIDE,), num_inference_steps=2)},
-    kinds={**OTHER_KINDS, "edit": Kind(requests=[request("a cat in blue", task="edit", images=(WIDE,))])},
+    kinds={**TEXT_TO_IMAGE, "edit": Kind(requests=[request("a cat in blue", task="edit", images=(WIDE,))])},
     subset={2: [{"tp": 2}]},
 )
-AURA_FLOW = other(diffusers.AuraFlowPipeline, tiny.aura_flow, ROWS, subset={2: [{"cfg": 2, "vae-pp": 2}]})
-PIXART_SIGMA = other(diffusers.PixArtSigmaPipeline, tiny.pixart_sigma, ROWS, subset={})
+AURA_FLOW = other(diffusers.AuraFlowPipeline, tiny.aura_flow, *ROWS, subset={2: [{"cfg": 2}, {"cfg": 2, "vae-pp": 2}]})
+PIXART_SIGMA = other(diffusers.PixArtSigmaPipeline, tiny.pixart_sigma, *ROWS, subset={})
 
 SUBJECTS: dict[str, Subject] = {
     "qwen_image": QWEN_IMAGE,

@@ -8,11 +8,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import av
 import pytest
 from PIL import Image
 
 from darkroom.cli import main
+from darkroom.configs import ConfigError, ParallelConfig, SamplingParams
+from darkroom.offline import Darkroom, GenerationError
+from tests import tiny
+from tests.golden import generate, worker
+from tests.subjects import TALL, WIDE
 
 BIN = Path(sys.executable).parent
 
@@ -180,6 +187,43 @@ def test_check_says_what_guidance_in_parallel_is_without_guidance(
     assert notes("qwen_image_4_heads", "--cfg", "2") == []
 
 
+NOTE = "--cfg 2: Z-Image draws without guidance unless a request sets guidance_scale above 0"
+
+
+def test_the_same_is_said_at_start(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the server in its table, by the others in the log. Nothing is started."""
+    tables: list[str] = []
+    monkeypatch.setattr("darkroom.server.run.run_server", lambda *values: tables.append(values[-1]) or 0)
+    monkeypatch.setattr("darkroom.offline.EngineProcess", Mock(side_effect=GenerationError("not started")))
+    folder = str(checkpoints["z_image_4_heads"])
+    for flags, count in (["--cfg", "2"], 1), (["--usp", "2"], 0):
+        assert main(["serve", folder, "--device", "cpu", *flags]) == 0
+        assert tables.pop().count(NOTE) == count
+        assert main(["generate", folder, "a cat", "--device", "cpu", *flags]) == 1
+        with pytest.raises(GenerationError):
+            Darkroom(folder, device="cpu", **{flags[0].strip("-"): 2})
+        assert [NOTE in message for message in caplog.messages] == [True, True][: 2 * count]
+        caplog.clear()
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "check"])
+def test_guidance_in_parallel_without_branches_is_refused(
+    command: str, distilled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ["a cat"] if command == "generate" else []
+    assert main([command, str(distilled), *prompt, "--device", "cpu", "--cfg", "2"]) == 2
+    refused(capsys, "makes one prediction a step, without guidance branches, which every rank would repeat; use --usp")
+    with pytest.raises(ConfigError, match="makes one prediction a step"):
+        Darkroom(distilled, device="cpu", cfg=2)
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.flux2_klein(tmp_path_factory.mktemp("distilled") / "klein", is_distilled=True)
+
+
 def test_check_reads_a_file_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "darkroom.yaml").write_text("usp: 2\nring_degree: 2\ndevice: cpu")
     assert main(["check", "demo", "--config", str(tmp_path / "darkroom.yaml"), "--ring", "3"]) == 0
@@ -208,6 +252,35 @@ def test_generate_of_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith(f"{path} (seed ")
     with Image.open(path) as picture:
         assert (picture.format, picture.size) == ("PNG", (64, 64))
+
+
+def test_generate_makes_a_video(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.mp4"
+    size = ["--width", "96", "--height", "64", "--num-frames", "5", "--fps", "8"]
+    flags = [*size, "--num-inference-steps", "2", "--seed", "3", "--device", "cpu"]
+    assert main(["generate", str(checkpoints["wan_2_2"]), "a red star", "-o", str(path), *flags]) == 0
+    assert capsys.readouterr().out == f"{path} (seed 3)\n"
+    with av.open(str(path)) as video:
+        assert [(frame.width, frame.height) for frame in video.decode(video=0)] == [(96, 64)] * 5
+
+
+def test_generate_edits_pictures(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the pixel what a worker makes of them, in their order."""
+    folder, path = checkpoints["qwen_image_edit_plus_2511"], tmp_path / "out.png"
+    flags = ["--num-inference-steps", "2", "--width", "112", "--height", "80", "--seed", "3", "--device", "cpu"]
+    for name, content in (("a.png", WIDE), ("b.png", TALL)):
+        (tmp_path / name).write_bytes(content)
+        flags += ["--image", str(tmp_path / name)]
+    assert main(["generate", str(folder), "make it red", "-o", str(path), *flags]) == 0
+    params = SamplingParams(width=112, height=80, num_inference_steps=2, seed=3, images=(WIDE, TALL))
+    with worker(folder, ParallelConfig()) as one, Image.open(path) as picture:
+        [(_, decoded)] = generate(one, [one.model.options.resolve("make it red", params)]).values()
+        assert decoded is not None
+        assert picture.tobytes() == one.model.pictures(decoded)[0].tobytes()
 
 
 # ---- hash-key --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 from PIL import Image
 
@@ -37,6 +38,17 @@ def test_image_edit(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     assert len(run("image_edit.py", tmp_path, *layered).splitlines()) == 2
     with Image.open(tmp_path / "out-1.png") as layer:
         assert layer.mode == "RGBA"
+
+
+def test_text_to_video(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """With guidance over two ranks."""
+    size = ("--width", "96", "--height", "64", "--num-frames", "5", "--num-inference-steps", "2")
+    model = ("--model", str(checkpoints["wan_2_2"]), "--prompt", "a red star", "--cfg-parallel-size", "2")
+    said = run("text_to_video.py", tmp_path, *model, *size, "--fps", "8", "--seed", "3")
+    assert said == f"out.mp4: {(tmp_path / 'out.mp4').stat().st_size} bytes\n"
+    with av.open(str(tmp_path / "out.mp4")) as video:
+        assert [(frame.width, frame.height) for frame in video.decode(video=0)] == [(96, 64)] * 5
+        assert video.streams.video[0].average_rate == 8
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*_*.py")))

@@ -45,6 +45,18 @@ def test_a_page_is_written_from_a_run(tmp_path: Path) -> None:
     assert "`ZImagePipeline`, bit for bit, in 1 requests" in text and "saw: ring skips a hop." in text
 
 
+def test_a_page_is_described_anew(tmp_path: Path) -> None:
+    """What was measured stays, and a layout that is new has a dash."""
+    page = tmp_path / "models.md"
+    row = "| `--ring 2` | 2 | 1.9e-06 |  |"
+    table = f"| layout | ranks | 4 heads | tiles |\n| --- | --- | --- | --- |\n{row}\n| `--tp 9` | 9 | 1.0e-06 |  |"
+    page.write_text(f"# Models\n\n## Z-Image\n\nold\n\n{table}\n\nOne process is the stock pipeline.\n")
+    assert main(["--capabilities"], {"small": SMALL}, {2: [{"ring": 2}, {"usp": 2}]}, page) == 0
+    text = page.read_text()
+    assert describe(SMALL.capabilities) in text and "old" not in text and "--tp 9" not in text
+    assert text.endswith(f"{row}\n| `--usp 2` | 2 | - |  |\n\nOne process is the stock pipeline.\n")
+
+
 def run_another(_pipe: Any, *arguments: Any) -> Any:
     return Z_IMAGE.run_stock(*arguments)
 

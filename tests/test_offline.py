@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -129,6 +131,29 @@ def test_a_dead_engine_is_noticed_and_closing_ends_all(darkroom: Darkroom) -> No
     assert have_gone(processes)
     assert not darkroom._engine.run_dir.exists()
     darkroom.close()  # a second time does nothing
+
+
+# ---- videos ------------------------------------------------------------------------------------------------------
+
+
+def test_a_video_is_frames_or_a_file(checkpoints: dict[str, Path]) -> None:
+    """The frames are those of one process; the file's, what is left of them in H.264."""
+    params = SamplingParams(width=96, height=64, num_frames=5, fps=8, num_inference_steps=2, seed=3)
+    with Darkroom(checkpoints["wan_2_2"], ParallelConfig(cfg_parallel_size=2), device="cpu") as darkroom:
+        frames = darkroom.generate("a red star", params)
+        file = darkroom.generate_video("a red star", params)
+        wanted = darkroom.capabilities.resolve("a red star", params)
+    with golden.worker(checkpoints["wan_2_2"], ParallelConfig()) as one:
+        [(_, decoded)] = golden.generate(one, [wanted]).values()
+        assert decoded is not None
+        alone = one.model.pictures(decoded)
+    assert [frame.info["seed"] for frame in frames] == [3] * 5
+    for frame, other in zip(frames, alone, strict=True):
+        assert np.abs(np.asarray(frame, int) - np.asarray(other, int)).max() <= 1
+    with av.open(io.BytesIO(file)) as video:
+        coded = [np.asarray(frame.to_image(), int) for frame in video.decode(video=0)]
+    for frame, other in zip(coded, alone, strict=True):
+        assert frame.shape == (64, 96, 3) and np.abs(frame - np.asarray(other, int)).mean() < 40
 
 
 # ---- what cannot be ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -106,7 +106,7 @@ def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dic
         if not (folder / part / "config.json").is_file():
             continue
         if name in BY_CLASS and pipeline.only_calls(part):
-            components[part] = BY_CLASS[name]
+            components[part] = _without_unread(BY_CLASS[name], pipeline, _config(folder / part))
             continue
         plan = _plan(part, name, folder)
         components[part] = Component(
@@ -116,6 +116,14 @@ def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dic
             ranks="tp" if plan.tensor else "all",
         )
     return components
+
+
+def _without_unread(encoder: Component, pipeline: Source, config: Mapping[str, Any]) -> Component:
+    """Without the last layers of which nobody reads what they make, where the pipeline names the layers that it reads:
+    hidden state n is what layer n, counted from zero, is given."""
+    read = pipeline.parameters("__call__").get("text_encoder_out_layers")
+    unread = config.get("num_hidden_layers", 0) - max(read) if read else 0
+    return replace(encoder, unread="layers", unread_layers=unread) if unread > 0 else encoder
 
 
 def _plan(part: str, name: str, folder: Path) -> Plan:

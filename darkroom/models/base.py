@@ -54,6 +54,8 @@ class Component:
     """Prefixes of keys that the class has no use for."""
     unread: str | None = None
     """A list of layers of which nobody reads what the last one makes: it hands on what it gets, without weights."""
+    unread_layers: int = 1
+    """How many last ones of `unread` that is true of."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the class's configuration holds whatever config.json says."""
     processor: Callable[[], Any] | None = None
@@ -134,7 +136,7 @@ class Model(ABC):
     """One family: its declarations, and the arithmetic that is its own."""
 
     pipelines: ClassVar[tuple[str, ...]]
-    """diffusers' pipeline classes, as named in model_index.json."""
+    """diffusers' pipeline classes, as named in model_index.json. The first is what runs."""
     capabilities: ClassVar[Capabilities]
     components: ClassVar[dict[str, Component]]
     files: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (

@@ -49,17 +49,21 @@ def build(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh, device: torc
             SequenceParallel(parts[name], component.plan, mesh, config.attention_backend)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not of the class it expects
-    pipe = _pipeline(checkpoint.folder, parts)
+    pipe = _pipeline(checkpoint, parts)
     return family(pipe, parts["vae"], checkpoint.capabilities, mesh, device, use_tiling=config.vae_use_tiling)
 
 
-def _pipeline(folder: Path, parts: Mapping[str, Any]) -> DiffusionPipeline:
-    """The stock pipeline of these parts; the others, such as tokenizers, are loaded.
+def _pipeline(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> DiffusionPipeline:
+    """The family's stock pipeline of these parts; the others, such as tokenizers, are loaded.
+
+    The first that the family names, whichever a folder does: those for image-to-image and inpainting have the same
+    parts, and other helpers.
 
     `from_pretrained` does not do: what a pipeline's constructor has a default for, it loads though it is given.
     """
+    folder = checkpoint.folder
     index = DiffusionPipeline.load_config(folder, local_files_only=True)
-    cls: Any = getattr(diffusers, index["_class_name"])
+    cls: Any = getattr(diffusers, checkpoint.family.pipelines[0])
     given = {name: value for name, value in index.items() if name in inspect.signature(cls).parameters}
     for name, value in given.items():
         if isinstance(value, list) and name not in parts:
@@ -126,7 +130,8 @@ def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.
             module = cls._from_config(getattr(hf_config, component.section) if component.section else hf_config)
     use_processors(module, component)
     if component.unread:
-        hand_on(module.get_submodule(component.unread)[-1])
+        for layer in module.get_submodule(component.unread)[-component.unread_layers :]:
+            hand_on(layer)
     return module
 
 

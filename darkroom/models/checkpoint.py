@@ -98,7 +98,9 @@ class Checkpoint:
             tensors = hub.remote_tensors(self.repository, self.folder.name, folder, component.rename)
         else:
             tensors = read_headers(files, component.rename)
-        return tensors if component.unread is None else _without_last(tensors, f"{component.unread}.")
+        if component.unread is None:
+            return tensors
+        return _without_last(tensors, f"{component.unread}.", component.unread_layers)
 
     def pin(self, config: EngineConfig) -> EngineConfig:
         """The configuration for the engine, with the weights here.
@@ -214,10 +216,10 @@ def _head_counts(plan: Plan) -> Iterator[str]:
                 yield from filter(None, (heads.count, heads.kv_count))
 
 
-def _without_last(tensors: Mapping[str, Stored], layers: str) -> dict[str, Stored]:
-    """All but the parameters of the last of the `layers`."""
+def _without_last(tensors: Mapping[str, Stored], layers: str, count: int) -> dict[str, Stored]:
+    """All but the parameters of the last `count` of the `layers`."""
     numbers = {int(name.removeprefix(layers).partition(".")[0]) for name in tensors if name.startswith(layers)}
-    last = f"{layers}{max(numbers, default=0)}."
+    last = tuple(f"{layers}{number}." for number in sorted(numbers)[-count:])
     return {name: stored for name, stored in tensors.items() if not name.startswith(last)}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -30,9 +31,9 @@ from darkroom.server.fields import GenerationRequest
 from darkroom.server.uploads import Pictures
 from tests import tiny
 from tests.golden import TOLERANCE, difference, generate, picture_file, request, stock_pipeline, worker
-from tests.matrix import Cell, refusal, run_cells
+from tests.matrix import TEXT_TO_IMAGE, Cell, refusal, run_cells
 from tests.ranks import RankError, run_ranks
-from tests.subjects import OTHER_KINDS, run_other
+from tests.subjects import MASK, WIDE, opened, run_other
 
 STOCK = {
     "flux": FluxPipeline,
@@ -69,6 +70,43 @@ def test_a_picture_is_edited(folders: dict[str, Path]) -> None:
         edited = generate(one, [EDIT])["0"][1]
     stock = stock_pipeline(Flux2KleinPipeline, folders["flux2_klein"])
     assert edited is not None and torch.equal(edited, run_other(stock, EDIT, "pt"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        pytest.param("FluxKontextPipeline", marks=pytest.mark.matrix),  # makes a megapixel of any picture
+    ],
+)
+def test_other_pipelines_of_the_same_parts_draw_over_a_picture(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """What a request brings is given to the call by its own names."""
+    folder = Path(shutil.copytree(folders["flux"], tmp_path / "model"))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": name}))
+    given: dict[str, Any] = {"strength": 0.6} if "Kontext" not in name else {}
+    masked = {"mask": MASK} if "Inpaint" in name else {}
+    size: dict[str, Any] = {"width": 112, "height": 80, "num_inference_steps": 5, "max_sequence_length": 32}
+    params = SamplingParams(**size, **given, **masked, images=(WIDE,), seed=1)
+    with worker(folder, ParallelConfig()) as one:
+        wanted = one.model.options.resolve("a cat", params)
+        drawn = generate(one, [wanted])["0"][1]
+    stock = stock_pipeline(getattr(diffusers, name), folder)
+    extra = {"max_area": 112 * 80} if "Kontext" in name else given
+    theirs = stock(
+        prompt="a cat",
+        image=opened(WIDE),
+        **size,
+        **extra,
+        **({"mask_image": opened(MASK)} if masked else {}),
+        guidance_scale=wanted.embedded_guidance,
+        generator=torch.Generator().manual_seed(1),
+        output_type="pt",
+    ).images
+    assert drawn is not None and torch.equal(drawn, theirs)
 
 
 @pytest.mark.matrix
@@ -162,7 +200,7 @@ def branches_are_not_exchanged() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["flux", "flux2_klein"])
 def test_a_placeholder_that_is_not_filled_is_told(name: str, folders: dict[str, Path]) -> None:
     with pytest.raises(RankError, match="used a guidance branch before it asked for the other"):
-        run_ranks(run_cells, 2, {name: folders[name]}, [{"cfg": 2}], branches_are_not_exchanged, OTHER_KINDS)
+        run_ranks(run_cells, 2, {name: folders[name]}, [{"cfg": 2}], branches_are_not_exchanged, TEXT_TO_IMAGE)
 
 
 # ---- at the start ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from darkroom.engine.worker import Worker
 from darkroom.models.checkpoint import DEMO
 from darkroom.models.qwen_image import QwenImage
 from tests.golden import TOLERANCE, difference, generate, request, worker
-from tests.matrix import Cell, Kind, differences, one_process, run_cells, unequal
+from tests.matrix import Cell, Kind, OneProcess, differences, run_cells, unequal
 from tests.ranks import run_ranks
 from tests.subjects import QWEN_IMAGE
 from tests.subjects import run_qwen_image as run_stock
@@ -155,7 +155,7 @@ def test_a_text_may_have_fewer_tokens_than_ranks(checkpoints: dict[str, Path]) -
     kinds = {"short": Kind(requests=[request("a cat", max_sequence_length=2)])}
     cells: list[Cell] = [{"ring": 4}, {"usp": 4}]
     results = run_ranks(run_cells, 4, folders, cells, nullcontext, kinds)
-    assert unequal(differences(results, one_process(folders, kinds))) == {}
+    assert unequal(differences(results, OneProcess(folders, kinds))) == {}
 
 
 def without_mask(embeds: list[torch.Tensor], _least: int) -> tuple[torch.Tensor, None]:

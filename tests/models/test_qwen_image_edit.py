@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,48 @@ from darkroom.configs import ConfigError, ParallelConfig, RequestError, Sampling
 from darkroom.engine.worker import Worker
 from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.qwen_image_edit import QwenImageEditPlus
-from tests.golden import TOLERANCE, difference, generate, request, worker
-from tests.subjects import OTHER, TALL, WIDE
+from tests import tiny
+from tests.golden import TOLERANCE, difference, from_stock, generate, request, worker
+from tests.subjects import OTHER, QWEN_IMAGE_EDIT_PLUS, SUBJECTS, TALL, WIDE, opened
+
+
+@pytest.fixture(scope="module")
+def stock_2509(checkpoints: dict[str, Path]) -> Any:
+    return QWEN_IMAGE_EDIT_PLUS.stock(checkpoints["qwen_image_edit_plus_5_heads"])
+
+
+@pytest.mark.parametrize("case", ["tall picture", "no guidance", "three"])
+def test_the_first_release_is_the_stock_pipeline(case: str, stock_2509: Any, checkpoints: dict[str, Path]) -> None:
+    """2509, whose transformer modulates all tokens alike; test_matrix compares 2511."""
+    folder, wanted = checkpoints["qwen_image_edit_plus_5_heads"], QWEN_IMAGE_EDIT_PLUS.requests[case]
+    assert not stock_2509.transformer.config.zero_cond_t
+    assert from_stock(folder, wanted, stock_2509, QWEN_IMAGE_EDIT_PLUS.run_stock) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "rounding"),
+    [
+        ("qwen_image_layered", WIDE, 0),
+        ("qwen_image_layered", TALL, 0),
+        ("longcat_image_edit", TALL, 16),  # the stock pipeline's edges are the next larger multiples of 16
+    ],
+)
+@pytest.mark.parametrize("area", [tiny.IMAGE_AREA, 160 * 160])
+def test_a_picture_is_as_large_as_the_area_says(
+    area: int, name: str, picture: bytes, rounding: int, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where a request names no size: of the picture's shape, as the stock pipeline draws it."""
+    subject = SUBJECTS[name]
+    folder = Path(shutil.copytree(checkpoints[f"{name}_4_heads"], tmp_path / "model"))
+    (folder / "darkroom.json").write_text(json.dumps({"image_area": area}))
+    params = SamplingParams(images=(picture,), num_inference_steps=2, max_sequence_length=61, seed=1)
+    wanted = Checkpoint.open(str(folder)).capabilities.resolve("a cat", params)
+    stock = sys.modules[subject.pipeline.__module__]
+    width, height = opened(picture).size
+    size = stock.calculate_dimensions(area, width / height)[:2]
+    assert all(0 <= theirs - ours <= rounding for ours, theirs in zip((wanted.width, wanted.height), size, strict=True))
+    if area == tiny.IMAGE_AREA:
+        assert from_stock(folder, wanted, subject.stock(folder), subject.run_stock) == (0.0, 0)
 
 
 def test_a_batch_of_unequal_pictures_is_each_alone(checkpoints: dict[str, Path]) -> None:

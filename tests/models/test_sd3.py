@@ -23,7 +23,7 @@ from darkroom.parallel.mesh import Axis
 from darkroom.parallel.tensor import shard
 from tests import tiny
 from tests.golden import TOLERANCE, difference, from_stock, generate, request, stock_pipeline, worker
-from tests.matrix import differences, one_process, run_cells
+from tests.matrix import OneProcess, differences, run_cells
 from tests.ranks import RankError, run_ranks
 from tests.subjects import LONG, SD3
 
@@ -149,7 +149,7 @@ def test_the_published_sizes_are_cut_over_four_ranks(values: dict[str, Any], hea
 
 def test_ranks_without_t5_are_one_process(without_t5: Path) -> None:
     folders = {"without_t5": without_t5}
-    worst = differences(run_ranks(run_cells, 2, folders, [{"tp": 2}]), one_process(folders))
+    worst = differences(run_ranks(run_cells, 2, folders, [{"tp": 2}]), OneProcess(folders))
     assert max(worst.values()) <= TOLERANCE
 
 

@@ -11,12 +11,14 @@ import torch
 from darkroom.configs import ParallelConfig
 from darkroom.configs.pictures import load_picture
 from darkroom.models.base import Component
-from darkroom.models.build import hand_on
+from darkroom.models.build import _axis, _component, hand_on
 from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.text_encoders import CLIP, CLIP_VISION, QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, QWEN3, T5, UMT5
+from darkroom.parallel.mesh import Mesh
 from tests.faults import parts_are_cut_as_one
 from tests.golden import TOLERANCE, picture_file, worker
 from tests.ranks import run_ranks
+from tests.subjects import SUBJECTS
 
 LAYER = "layers.0.mlp.up_proj.weight"
 
@@ -70,6 +72,7 @@ def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str 
         ("sd3_4_heads", "text_encoder_3"),
         ("wan_2_2", "text_encoder"),
         ("wan_image_to_video_2_1", "image_encoder"),
+        ("flux2_klein_4_heads", "text_encoder"),
     ],
 )
 def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str, checkpoints: dict[str, Path]) -> None:
@@ -79,9 +82,58 @@ def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str
     with torch.device("meta"):
         module = cls(cls.config_class(**checkpoint.configs[encoder]))
     if component.unread:
-        hand_on(module.get_submodule(component.unread)[-1])
+        for layer in module.get_submodule(component.unread)[-component.unread_layers :]:
+            hand_on(layer)
     shapes = {key: stored.shape for key, stored in checkpoint.tensors(encoder).items()}
     assert shapes == {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+
+
+FIRST = [f"{name}_{next(iter(subject.variants))}" for name, subject in SUBJECTS.items()]
+WHOLE = ("flux_4_heads", "text_encoder")
+"""The one encoder for which there is no plan: CLIP, of a pipeline without a family."""
+UNREAD = {
+    ("z_image_4_heads", "text_encoder"): ("layers.1.", "layers.2."),
+    ("wan_image_to_video_2_1", "image_encoder"): ("encoder.layers.1.", "encoder.layers.2."),
+    ("flux2_klein_4_heads", "text_encoder"): ("layers.26.", "layers.27."),
+}
+"""The last layer that is read, and one of which nobody reads what it makes."""
+Held = dict[tuple[str, str], dict[str, int]]
+"""Bytes by checkpoint and encoder, then by parameter."""
+
+
+def hold(rank: int, size: int, folders: dict[str, Path]) -> Held:
+    """What this rank holds of all text and picture encoders."""
+    config = ParallelConfig.model_validate({"usp": size})
+    mesh, held = Mesh(config, rank), {}
+    for name, folder in folders.items():
+        checkpoint = Checkpoint.open(str(folder))
+        for part in (part for part in checkpoint.components if "encoder" in part and (name, part) != WHOLE):
+            axis = _axis(checkpoint.components[part], mesh)
+            assert axis is not None
+            module = _component(checkpoint, part, axis, torch.device("cpu"), torch.float32)
+            held[name, part] = {key: x.numel() * x.element_size() for key, x in module.named_parameters()}
+    return held
+
+
+def spread(held: dict[str, int]) -> int:
+    """Bytes without a picture's first layer, which is whole everywhere: of the tiny ones it is the most."""
+    return sum(size for key, size in held.items() if "patch_embed" not in key)
+
+
+def test_every_encoder_is_cut_over_all_ranks(checkpoints: dict[str, Path]) -> None:
+    """Ranks of sequence parallelism too, which share the transformer whole. And what nobody reads is on none."""
+    folders = {name: checkpoints[name] for name in FIRST}
+    [whole], halves = run_ranks(hold, 1, folders), run_ranks(hold, 2, folders)
+    assert {name for name, _ in whole} == {*FIRST}
+    told = {name: Checkpoint.open(str(folder)) for name, folder in folders.items()}
+    two = {name: one.footprint(ParallelConfig.model_validate({"usp": 2}), "float32") for name, one in told.items()}
+    for rank, held in enumerate(halves):
+        for name, part in whole:
+            assert sum(held[name, part].values()) == two[name][rank][part], (name, part)
+            assert spread(held[name, part]) <= 0.65 * spread(whole[name, part]), (name, part)
+    for encoder, (read, unread) in UNREAD.items():
+        assert any(key.startswith(read) for key in whole[encoder])
+        assert not any(key.startswith(unread) for key in whole[encoder])
 
 
 def see(rank: int, size: int, folder: Path) -> torch.Tensor:

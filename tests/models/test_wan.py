@@ -16,7 +16,7 @@ from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.wan import Wan
 from tests import tiny
 from tests.golden import TOLERANCE, difference, from_stock, generate, stock_pipeline, worker
-from tests.matrix import Cell, Kind, Kinds, differences, one_process, run_cells, unequal
+from tests.matrix import Cell, Kind, Kinds, OneProcess, differences, run_cells, unequal
 from tests.ranks import run_ranks
 from tests.subjects import WAN, run_wan, video
 
@@ -126,7 +126,7 @@ ODD: Kinds = {"odd": Kind(requests=[video(width=112, height=80, num_frames=9)])}
 def test_an_odd_number_of_tokens_is_shared(cell: Cell, checkpoints: dict[str, Path]) -> None:
     """Which the sizes that 2.2's small model can make too do not have."""
     one = {"wan_2_1_5_heads": checkpoints["wan_2_1_5_heads"]}
-    assert unequal(differences(run_ranks(run_cells, 2, one, [cell], nullcontext, ODD), one_process(one, ODD))) == {}
+    assert unequal(differences(run_ranks(run_cells, 2, one, [cell], nullcontext, ODD), OneProcess(one, ODD))) == {}
 
 
 def connected(rank: int, _size: int, folder: Path) -> list[int]:

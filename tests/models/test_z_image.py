@@ -6,11 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-from darkroom.configs import ParallelConfig
+from darkroom.configs import ParallelConfig, SamplingParams
 from darkroom.engine.worker import Worker
 from darkroom.models.checkpoint import Checkpoint
-from tests.golden import TOLERANCE, Outputs, difference, generate, request, worker
+from tests.golden import TOLERANCE, Outputs, difference, from_stock, generate, request, stock_pipeline, worker
 from tests.ranks import run_ranks
+from tests.subjects import Z_IMAGE
 
 
 def test_a_batch_of_unequal_prompts_is_each_alone(checkpoints: dict[str, Path]) -> None:
@@ -20,6 +21,7 @@ def test_a_batch_of_unequal_prompts_is_each_alone(checkpoints: dict[str, Path]) 
 
 
 def test_the_base_model_is_guided_and_turbo_is_not(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """And with its shift and its strength of guidance, it is the stock pipeline too."""
     folder = Path(shutil.copytree(checkpoints["z_image_4_heads"], tmp_path / "base"))
     turbo = Checkpoint.open(str(folder)).capabilities
     assert (turbo.num_inference_steps, turbo.guidance_scale) == (9, 0.0)
@@ -28,6 +30,11 @@ def test_the_base_model_is_guided_and_turbo_is_not(checkpoints: dict[str, Path],
     base = Checkpoint.open(str(folder)).capabilities
     assert (base.num_inference_steps, base.guidance_scale) == (50, 4.0)
     assert Checkpoint.open(str(folder)).notes(ParallelConfig(cfg_parallel_size=2)) == []
+    params = SamplingParams(width=112, height=80, num_inference_steps=4, seed=3, negative_prompt="red")
+    wanted = base.resolve("a cat", params)
+    assert wanted.guidance_scale == 4.0
+    latents, levels = from_stock(folder, wanted, stock_pipeline(Z_IMAGE.pipeline, folder), Z_IMAGE.run_stock)
+    assert latents <= TOLERANCE and levels <= 1
 
 
 def test_no_edge_is_longer_than_its_table_of_positions(checkpoints: dict[str, Path], tmp_path: Path) -> None:
