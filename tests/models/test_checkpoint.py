@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +366,12 @@ def test_what_is_not_in_the_cache_gets_one_line(arguments: tuple[str, ...], cach
     assert checked.returncode == 2
     assert f"'{arguments[0]}' is no folder here, and the hub did not give it" in checked.stderr
     assert checked.stderr.count("\n") == 1
+
+
+def test_a_corrupt_file_of_a_snapshot_is_told_and_not_read_from_the_hub_instead(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO, tmp_path / ("0" * 40)))
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    snapshot = replace(Checkpoint.open(str(folder)), repository="someone/tiny")
+    with pytest.raises(ConfigError, match=r"diffusion_pytorch_model\.safetensors"):
+        snapshot.tensors("vae")
