@@ -73,9 +73,13 @@ class OperationsConfig(BaseModel):
     ssl_certfile: Path | None = Field(None, description="TLS: the certificate with its chain; https from then on")
     ssl_keyfile_password: SecretStr | None = Field(None, description="TLS: what the private key is encrypted with")
     ssl_ca_certs: Path | None = Field(None, description="TLS: clients must show a certificate by one of these")
+    ssl_ciphers: str | None = Field(
+        None, description="TLS: what TLS 1.2 may use, in OpenSSL's words; by default Python's"
+    )
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:
-        if not self.ssl_certfile and (self.ssl_keyfile or self.ssl_ca_certs or self.ssl_keyfile_password):
+        others = (self.ssl_keyfile, self.ssl_ca_certs, self.ssl_keyfile_password, self.ssl_ciphers)
+        if not self.ssl_certfile and any(others):
             raise ValueError("the other --ssl flags need --ssl-certfile")
         return self

@@ -38,7 +38,7 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, json_schema_extra=_allow_null)
 
-    nested: ClassVar[tuple[str, ...]] = ("extra_body", "extra_params")
+    nested: ClassVar[tuple[str, ...]] = ("extra_body", "extra_params", "extra_json", "extra_args")
     """Members that are objects, whose members count as the request's own."""
 
     prompt: str = Field(max_length=32_000, description="what is to be seen")
@@ -53,6 +53,7 @@ class Parameters(BaseModel):
     guidance_scale_2: float | None = Field(None, description="the same for the second transformer of models with two")
     max_sequence_length: Integer | None = Field(None, description="prompt tokens after which the text is cut off")
     seed: Integer | None = Field(None, description="64 bits; the same seed makes the same; else random")
+    generator_device: str | None = Field(None, description="without effect: noise is the same on every device")
     user: str | None = Field(None, description="without effect")
     safety_identifier: str | None = Field(None, description="without effect")
 

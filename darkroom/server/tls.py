@@ -27,4 +27,9 @@ def tls_context(config: OperationsConfig) -> ssl.SSLContext | None:
             context.load_verify_locations(config.ssl_ca_certs)
         except (OSError, ssl.SSLError) as e:
             raise ConfigError(f"--ssl-ca-certs {config.ssl_ca_certs}: cannot be used: {e.strerror or e}") from None
+    if config.ssl_ciphers:
+        try:
+            context.set_ciphers(config.ssl_ciphers)
+        except ssl.SSLError:
+            raise ConfigError(f"--ssl-ciphers {config.ssl_ciphers}: OpenSSL knows none of these") from None
     return context

@@ -137,7 +137,12 @@ def test_a_flag_sets_its_field(command: Command, flag: str, text: str | None, na
 def test_every_field_has_a_row_above(command: Command) -> None:
     tested = {name for _, _, name, _ in FLAGS[command]}
     if command is ServeConfig:
-        tested |= {"ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"}  # need --ssl-certfile: see test_operations.py
+        tested |= {
+            "ssl_keyfile",
+            "ssl_keyfile_password",
+            "ssl_ca_certs",
+            "ssl_ciphers",
+        }  # need --ssl-certfile: see test_operations.py
     assert tested | {"model", "prompt", "config"} == set(command.model_fields) | {"prompt"}
 
 

@@ -51,7 +51,7 @@ def test_a_value_that_cannot_be_is_named_with_one_that_can(flag: str, value: str
     assert message.startswith(f"{flag} {value!r}") and rule in message
 
 
-@pytest.mark.parametrize("flag", ["--ssl-keyfile", "--ssl-ca-certs", "--ssl-keyfile-password"])
+@pytest.mark.parametrize("flag", ["--ssl-keyfile", "--ssl-ca-certs", "--ssl-keyfile-password", "--ssl-ciphers"])
 def test_tls_needs_a_certificate(flag: str) -> None:
     assert error(flag, "x") == "the other --ssl flags need --ssl-certfile"
     ServeConfig.parse(["demo", flag, "x", "--ssl-certfile", "y"])

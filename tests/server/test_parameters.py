@@ -21,7 +21,8 @@ KINDS = [GenerationRequest, EditRequest, VariationRequest, VideoRequest]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_form_and_an_object_are_read_alike(kind: type[Parameters]) -> None:
     form = {"prompt": "5", "steps": "7", "cfg": "2.5", "extra_params": '{"seed": 3, "steps": 7}'}
-    body = {"prompt": "5", "num_inference_steps": 7, "guidance_scale": 2.5, "extra_body": {"seed": 3}, "model": None}
+    body = {"prompt": "5", "num_inference_steps": 7, "extra_args": {"guidance_scale": 2.5}, "model": None}
+    body |= {"extra_body": {"seed": 3}, "extra_json": {}}
     asked = kind.read(form, is_form=True)
     assert asked == kind.read(body)
     assert (asked.prompt, asked.num_inference_steps, asked.guidance_scale, asked.seed) == ("5", 7, 2.5, 3)

@@ -28,6 +28,11 @@ def test_files_that_can_be_used(tmp_path: Path) -> None:
     assert tls_context(OperationsConfig(ssl_certfile=both))
     context = tls_context(OperationsConfig(ssl_certfile=chain, ssl_keyfile=key, ssl_ca_certs=roots))
     assert context and context.verify_mode == ssl.CERT_REQUIRED
+    context = tls_context(OperationsConfig(ssl_certfile=both, ssl_ciphers="ECDHE-RSA-AES256-GCM-SHA384"))
+    assert context and {cipher["protocol"] for cipher in context.get_ciphers()} == {"TLSv1.2", "TLSv1.3"}
+    assert [c["name"] for c in context.get_ciphers() if c["protocol"] == "TLSv1.2"] == ["ECDHE-RSA-AES256-GCM-SHA384"]
+    with pytest.raises(ConfigError, match=r"^--ssl-ciphers NONE-OF-THEM: OpenSSL knows none"):
+        tls_context(OperationsConfig(ssl_certfile=both, ssl_ciphers="NONE-OF-THEM"))
 
 
 @pytest.mark.parametrize("what", ["missing", "nonsense", "no key", "bad authority"])
