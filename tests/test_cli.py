@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -22,6 +24,16 @@ from tests.golden import generate, worker
 from tests.subjects import TALL, WIDE
 
 BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_as_it_is() -> Iterator[None]:
+    """A server that cannot start has set up the log of its process, which here is that of all tests."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
