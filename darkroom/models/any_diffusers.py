@@ -147,7 +147,7 @@ def _capabilities(
 ) -> Capabilities:
     call = pipeline.parameters("__call__")
     guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
-    steps, fixed_steps = _steps(pipeline)
+    least, steps, most = _steps(pipeline)
     window = _window(pipeline)
     unit, default_size = _sizes(pipeline, configs)
     branches = 2 if _is_guided(pipeline, index) else 1
@@ -169,11 +169,10 @@ def _capabilities(
         max_pixels=4 * math.prod(default_size),
         default_size=default_size,
         num_inference_steps=steps,
-        min_inference_steps=steps if fixed_steps else 1,
-        max_inference_steps=steps if fixed_steps else max(200, steps),
+        min_inference_steps=least,
+        max_inference_steps=most,
         quality_steps={
-            name: steps if fixed_steps else math.ceil(steps * share)
-            for name, share in (("low", 0.4), ("medium", 0.7), ("high", 1.0))
+            name: max(least, math.ceil(steps * share)) for name, share in (("low", 0.4), ("medium", 0.7), ("high", 1.0))
         },
         guidance_parameter=guidance,
         guidance_scale=call.get(guidance) or 1.0,
@@ -200,10 +199,13 @@ def _tasks(pipeline: Source) -> tuple[Task, ...]:
     return ("text-to-image", "edit") if pipeline.is_optional("__call__", "image") else ("edit",)
 
 
-def _steps(pipeline: Source) -> tuple[int, bool]:
-    """How many by default; and whether it is no other number, as the inputs are checked: Sana-Sprint's two."""
-    fixed = re.search(r"num_inference_steps != (\d+)", pipeline.code("check_inputs"))
-    return (int(fixed[1]), True) if fixed else (pipeline.parameters("__call__")["num_inference_steps"] or 50, False)
+def _steps(pipeline: Source) -> tuple[int, int, int]:
+    """The fewest, those by default and the most. Where inputs are checked for one number it is all three: Sana-Sprint's
+    two."""
+    if fixed := re.search(r"num_inference_steps != (\d+)", pipeline.code("check_inputs")):
+        return (int(fixed[1]),) * 3
+    steps = pipeline.parameters("__call__")["num_inference_steps"] or 50
+    return 1, steps, max(200, steps)
 
 
 def _window(pipeline: Source) -> int:

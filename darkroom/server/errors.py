@@ -87,7 +87,7 @@ def to_api_error(error: BaseException, picture_seconds: float = 5.0) -> ApiError
     return ApiError(500, message, headers={"x-should-retry": "false"})
 
 
-def allowed_methods(routes: Iterable[BaseRoute], scope: Scope) -> str:
+def _allowed_methods(routes: Iterable[BaseRoute], scope: Scope) -> str:
     """Of all routes that the path leads to; Starlette tells those of the first."""
     found = [route for route in routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE]
     return ", ".join(sorted({method for route in found for method in route.methods or ()}))
@@ -101,7 +101,7 @@ async def http_exception(routes: Iterable[BaseRoute], request: Request, error: E
         case 404:
             refusal = ApiError(404, f"There is no route for {what}.")
         case 405:
-            allowed = allowed_methods(routes, request.scope)
+            allowed = _allowed_methods(routes, request.scope)
             message = f"{what} is not supported; allowed: {allowed}."
             refusal = ApiError(405, message, code="method_not_supported", headers={"Allow": allowed})
         case status:

@@ -34,10 +34,6 @@ class VideoRequest(Parameters):
     fps: Integer | None = Field(None, description="frames per second")
     n: int = Field(1, ge=1, le=1, description="one video for each request")
 
-    def check(self, capabilities: Capabilities, *, has_picture: bool) -> None:
-        """Whether it is for this model at all, before the picture is looked at. Raises `RequestError`."""
-        _check_picture(capabilities, has_picture=has_picture)
-
     def resolve(self, capabilities: Capabilities, picture: bytes | None = None) -> VideoJob:
         """Raises `RequestError`."""
         params = self.sampling(
@@ -88,7 +84,7 @@ class Remix(BaseModel):
 
     def resolve(self, source: Request, capabilities: Capabilities) -> Request:
         """The request with all that the source was made with, its seed too, but for the prompt."""
-        _check_picture(capabilities, has_picture=bool(source.images))
+        check_task(capabilities, has_picture=bool(source.images))
         capabilities.resolve(self.prompt, _as_asked(source, capabilities))  # raises what the model can do no longer
         return msgspec.structs.replace(source, prompt=self.prompt)
 
@@ -113,7 +109,8 @@ def _as_asked(source: Request, capabilities: Capabilities) -> SamplingParams:
     )
 
 
-def _check_picture(capabilities: Capabilities, *, has_picture: bool) -> None:
+def check_task(capabilities: Capabilities, *, has_picture: bool) -> None:
+    """Whether the model makes videos of this kind, before the picture is looked at. Raises `RequestError`."""
     param = "input_reference"
     if not has_picture and "text-to-video" not in capabilities.tasks:
         raise RequestError(f"{capabilities.family} needs a picture to begin with: '{param}'.", param=param)

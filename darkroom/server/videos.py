@@ -27,7 +27,7 @@ from .ranges import file_response
 from .runner import VideoRunner
 from .trail import trail_of
 from .uploads import Sent, Source, referenced, take
-from .video_request import Remix, VideoRequest
+from .video_request import Remix, VideoRequest, check_task
 from .video_stores import Variant, file_name
 
 router = APIRouter()
@@ -131,7 +131,7 @@ async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Vi
     asked = seeded(VideoRequest.read(body, is_form=is_form), key)
     check_model(asked.model, context)
     sent = _sent(asked.input_reference if file is None else file)
-    asked.check(context.capabilities, has_picture=bool(sent.images))
+    check_task(context.capabilities, has_picture=bool(sent.images))
     picture = next(iter((await take(sent, context.fetcher, context.limits)).images), None)
     made = asked.resolve(context.capabilities, picture)
     if picture is not None:
