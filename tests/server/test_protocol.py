@@ -347,6 +347,7 @@ def test_a_refusal_is_a_line_of_the_log(client: Client, caplog: pytest.LogCaptur
     caplog.set_level(logging.INFO, "darkroom.server.protocol")
     client.send(b"hello\r\n\r\n")
     answer = client.answer()
+    assert client.is_closed()  # which comes after the line
     [line] = [record.facts for record in caplog.records if record.name == "darkroom.server.protocol"]
     id = answer.headers["x-request-id"]
     assert line == {"request_id": id, "client": "127.0.0.1", "status": 400, "code": "invalid_http"}
