@@ -7,6 +7,7 @@ import logging
 from email.utils import formatdate
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from darkroom.configs.logs import facts
@@ -32,6 +33,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     The parser tells of a header when it has all of it, and keeps it until then: so raw bytes are counted too, of data
     in which nothing ended. Data with the end of one request and the beginning of another counts by what is told alone.
+
+    A request that asks for another protocol is answered in this one, as RFC 9110 (7.8) lets a server do: Java's client
+    asks for HTTP/2 with every request, and the parser would skip the body, or take it for the next request.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,13 +61,38 @@ class HttpProtocol(HttpToolsProtocol):
         if self._is_refused:
             return
         self._has_ended = False
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            if not self._is_refused:
+                self._refuse(ApiError(400, "The request is not valid HTTP/1.1.", code="invalid_http"))
         if not self._has_ended and not self._is_refused:
             self._raw += len(data)
             if self._raw > HEAD_BYTES:
                 self._refuse(_too_large())
         if not self._is_refused and self._is_idle and self._deadline is None:
             self._wait_for_head()
+
+    def _parse(self, data: bytes) -> None:
+        """Raises `HttpParserError`."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as e:
+                rest = rest[e.args[0] :]
+                self._read_again()
+
+    def _read_again(self) -> None:
+        """The head at hand, as if no other protocol had been asked for."""
+        line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        headers = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self._end()
+        self.parser.feed_data(b"".join([line, *headers, b"\r\n"]))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -80,6 +109,10 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("a proxy's method")  # stops the parser
+        if self.parser.should_upgrade():
+            return
         super().on_headers_complete()
         self._in_head = self._has_begun = False
         self._cancel_deadline()
@@ -90,13 +123,11 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_head = True
         self._end()
         super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        if not self._is_refused:
-            self._refuse(ApiError(400, "The request is not valid HTTP/1.1.", code="invalid_http"))
 
     @property
     def _is_idle(self) -> bool:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from darkroom.server.protocol import HEAD_BYTES, HEAD_FIELDS
+from darkroom.server.protocol import HEAD_BYTES, HEAD_FIELDS, HttpProtocol
 
 from .conftest import Server
 from .engine import finished, wait_until
@@ -94,13 +94,13 @@ def client(connect: Callable[[], Client]) -> Client:
 def accepted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes the parser was given, in each piece."""
     sizes: list[int] = []
-    receive = HttpToolsProtocol.data_received
+    parse = HttpProtocol._parse
 
-    def counting(self: HttpToolsProtocol, data: bytes) -> None:
+    def counting(self: HttpProtocol, data: bytes) -> None:
         sizes.append(len(data))
-        receive(self, data)
+        parse(self, data)
 
-    monkeypatch.setattr(HttpToolsProtocol, "data_received", counting)
+    monkeypatch.setattr(HttpProtocol, "_parse", counting)
     return sizes
 
 
@@ -334,6 +334,7 @@ def test_work_may_take_longer_than_a_head(
         GET + b"content-length: -1\r\n\r\n",
         POST + b"transfer-encoding: chunked\r\n\r\nnot a number\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"CONNECT x:443 HTTP/1.1\r\nhost: x:443\r\n\r\n",
     ],
     ids=lambda sent: repr(sent[:24]),
 )
@@ -354,6 +355,35 @@ def test_a_refusal_is_a_line_of_the_log(client: Client, caplog: pytest.LogCaptur
     assert json.loads(answer.content)["error"]["code"] == "invalid_http"
 
 
-def test_what_asks_for_a_websocket_is_a_request_like_others(client: Client) -> None:
-    client.send(GET + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n")
-    assert client.answer().headers["x-request-id"]
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"
+"""Java's client asks for HTTP/2 so, with each request that has no TLS."""
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 200])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_what_asks_for_another_protocol_is_a_request_like_others(
+    client: Client, server: Server, pieces: int, is_chunked: bool
+) -> None:
+    length = b"content-length: %d\r\n\r\n%b" % (len(PROMPT), PROMPT)
+    sent = (CHUNKED + b"\r\n" if is_chunked else POST + length).replace(b"host: x\r\n", b"host: x\r\n" + H2C)
+    sent += sent + GET + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n" + GET + b"\r\n"
+    for i in range(pieces):
+        client.send(sent[len(sent) * i // pieces : len(sent) * (i + 1) // pieces])
+    assert [client.answer().status_code for _ in range(4)] == [200] * 4
+    assert [message.request.prompt for message in server.engine.requests] == ["x", "x"]
+
+
+def test_a_body_behind_a_wish_for_another_protocol_is_no_request(client: Client) -> None:
+    body = GET + b"\r\n"
+    client.send(POST + H2C + b"content-length: %d\r\n\r\n" % len(body))
+    client.send(body)
+    assert client.answer().json()["error"]["message"].startswith("The body is not valid JSON")
+    client.send(GET + b"\r\n")
+    assert "version" in client.answer().json()
+
+
+def test_the_head_is_bounded_as_before(client: Client) -> None:
+    client.send(GET + H2C + b"a: b\r\n" * (HEAD_FIELDS - 4) + b"\r\n")
+    assert client.answer().status_code == 200
+    client.send(GET + H2C + b"a: b\r\n" * HEAD_FIELDS + b"\r\n")
+    client.refusal(431, "headers_too_large")
