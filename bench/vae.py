@@ -2,16 +2,17 @@
 
 `python -m bench.vae [KIND ...] [--edge 1024] [--share 0.5]`, about 5 minutes for all kinds
 
-Real processes and gloo, one thread each; random weights, four levels deep as the published ones, with `--share` of
-their channels. Wan's decodes a video of nine frames, of half the edge. The memory is what the process's peak grows by
-in the decode. Run it alone.
+Real processes and gloo, one thread each; random weights in bfloat16, four levels deep as the published ones, with
+`--share` of their channels. Wan's decodes a video of nine frames, of half the edge. The memory is the most that tensors
+take at once in the decode, above what they took before it: what an accelerator would need. A process's peak on a CPU
+says little about that, since the libraries there copy what they convolve, and in float32 how often depends on its size.
+Run it alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from darkroom.configs import ParallelConfig
 from darkroom.models import autoencoder_causal, autoencoder_kl
@@ -32,7 +35,7 @@ from darkroom.parallel.spatial import PatchDecoder, Tiling, map_tiles
 from .tables import Row, print_table
 
 Figures = tuple[float, float]
-"""Megabytes that a rank's peak grew by, and seconds."""
+"""Megabytes that a rank's tensors took at most, and seconds."""
 
 
 def main() -> None:
@@ -86,16 +89,22 @@ def decode(rank: int, kind: str, size: int, tiled: bool, edge: int, share: float
     assert mesh.vae is not None
     torch.manual_seed(0)
     vae, plan, tiling, shape = KINDS[kind](edge, share)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    nn.Module.to(vae, torch.bfloat16)  # diffusers' own `to` warns
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = None if tiled else PatchDecoder(vae, plan, mesh.vae)
+
+    def work() -> Tensor | None:
+        if rows is None:
+            return map_tiles(latents, lambda z: vae.decode(z).sample, tiling, mesh.vae)
+        return rows.decode(latents, lambda z: vae.decode(z).sample)
+
     with torch.inference_mode():
         vae.decode(latents[..., :8, :8])  # what is made once
         dist.barrier()
-        before, start = peak(), time.monotonic()
-        if tiled:
-            map_tiles(latents, lambda z: vae.decode(z).sample, tiling, mesh.vae)
-        else:
-            PatchDecoder(vae, plan, mesh.vae).decode(latents, lambda z: vae.decode(z).sample)
-        results.put((rank, (peak() - before, time.monotonic() - start)))
+        start = time.monotonic()
+        work()
+        seconds = time.monotonic() - start
+        results.put((rank, (peak(work, Path(folder) / f"{rank}.json"), seconds)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -132,10 +141,15 @@ CAUSAL = autoencoder_causal.vae("", "").plan
 KINDS: dict[str, Callable[[int, float], Case]] = {"kl": kl, "qwen_image": qwen_image, "wan": wan}
 
 
-def peak() -> float:
-    """Megabytes that this process has held at most."""
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+def peak(work: Callable[[], object], trace: Path) -> float:
+    """Megabytes that tensors take at most while `work` is done, above what they take before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    profiled.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    first, *_ = found = [event["args"] for event in sorted(events, key=lambda event: event["ts"])]
+    before = first["Total Allocated"] - first["Bytes"]
+    return float(max(args["Total Allocated"] for args in found) - before) / (1 << 20)
 
 
 if __name__ == "__main__":

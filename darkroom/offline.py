@@ -42,7 +42,7 @@ from .models.checkpoint import open_checkpoint
 logger = logging.getLogger(__name__)
 
 _OPEN = 16
-"""Requests that are with the engine at once: more than it runs, and few enough that their pictures fit its queue."""
+"""Requests that are with the engine at once, at most: more than it runs."""
 
 OnProgress = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all), over all pictures of the call."""
@@ -70,7 +70,7 @@ class Darkroom:
         config = EngineConfig.check({"model": os.fspath(model), "log_level": "warning", **spread, **options})
         checkpoint = open_checkpoint(config)
         self.capabilities = checkpoint.capabilities
-        self._max_open = min(_OPEN, config.max_queue)
+        self._max_open, self._max_open_bytes = min(_OPEN, config.max_queue), config.max_queue_mb << 20
         for note in checkpoint.notes(config):
             logger.warning(note)
         self._engine = EngineProcess(checkpoint.pin(resolve_device(config)))
@@ -147,7 +147,7 @@ class Darkroom:
         finished: dict[str, Finished] = {}
         waiting = deque(Generate(id=id, request=request) for id, request in zip(ids, requests, strict=True))
         try:
-            for _ in range(min(self._max_open, len(waiting))):
+            for _ in range(min(self._room_for(requests), len(waiting))):
                 self._send(waiting.popleft())
             for event in self._events(ids):
                 match event:
@@ -165,6 +165,11 @@ class Darkroom:
             for id in set(ids) - set(finished) - {message.id for message in waiting}:
                 self._send(Cancel(id=id))
         return [finished[id] for id in ids]
+
+    def _room_for(self, requests: Sequence[Request]) -> int:
+        """How many of them the engine's queue takes, pictures included."""
+        largest = max((request.num_bytes for request in requests), default=0)
+        return max(1, min(self._max_open, self._max_open_bytes // max(largest, 1)))
 
     def close(self) -> None:
         self._context.destroy(linger=0)

@@ -66,6 +66,13 @@ def test_more_pictures_than_the_engine_lets_wait() -> None:
         assert len(small.generate("a star", params)) == 20
 
 
+def test_more_bytes_of_pictures_than_the_engine_lets_wait() -> None:
+    params = SamplingParams(num_inference_steps=2, width=64, height=64, n=6)
+    noise = Image.frombytes("RGB", (512, 512), np.random.default_rng(0).bytes(512 * 512 * 3))  # no PNG makes it smaller
+    with Darkroom("demo", device="cpu", max_queue_mb=1) as small:
+        assert len(small.generate("a red star", params, images=[noise])) == 6
+
+
 def test_calls_from_several_threads_wait_for_each_other(darkroom: Darkroom) -> None:
     params = [SamplingParams(seed=seed, num_inference_steps=2, width=64, height=64) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:

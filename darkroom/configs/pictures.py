@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageMath, ImageOps
 
 from .errors import RequestError
 
@@ -35,8 +35,8 @@ def load_picture(data: bytes, param: str = "image") -> Image.Image:
     with _open(data, param) as picture:
         try:
             upright = ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture
-            if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
-                upright = upright.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+            if upright.mode.startswith("I"):
+                upright = _in_8_bits(upright)
             return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
         except MemoryError:
             raise
@@ -53,6 +53,17 @@ def load_mask(data: bytes, param: str = "mask") -> Image.Image:
     if picture.mode == "RGBA":
         return ImageOps.invert(picture.getchannel("A"))
     return picture.convert("L")
+
+
+def _in_8_bits(grey: Image.Image) -> Image.Image:
+    """Of 16: `convert` would cut them off at 255. An alpha channel says where the value was that stands for nothing."""
+    values = grey.convert("I")
+    scaled = values.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    scaled.info.pop("transparency", None)
+    if (nothing := grey.info.get("transparency")) is None:
+        return scaled
+    alpha = ImageMath.lambda_eval(lambda images: (images["values"] != nothing) * 255, values=values)
+    return Image.merge("LA", (scaled, alpha.convert("L")))
 
 
 def _orientation(picture: Image.Image) -> int:

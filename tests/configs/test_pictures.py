@@ -45,6 +45,15 @@ def test_16_bits_of_grey_are_scaled_and_not_cut_off() -> None:
     assert list(load_mask(file).tobytes()) == list(range(256))
 
 
+def test_16_bits_of_grey_are_transparent_where_one_value_is() -> None:
+    """256 and 257 are told apart, and only the first stands for nothing."""
+    pixels = Image.frombytes("I;16", (4, 1), b"".join(value.to_bytes(2, "little") for value in (0, 256, 257, 65535)))
+    file = save(pixels, transparency=256)
+    assert list(load_picture(file).getchannel("A").tobytes()) == [255, 0, 255, 255]
+    assert list(load_picture(file).getchannel("R").tobytes()) == [0, 1, 1, 255]
+    assert list(load_mask(file).tobytes()) == [0, 255, 0, 0]
+
+
 def test_a_transparent_palette_keeps_its_alpha() -> None:
     picture = Image.new("RGB", (8, 8), "red").quantize(2)
     assert load_picture(save(picture, transparency=picture.getpixel((0, 0)))).getchannel("A").getextrema() == (0, 0)
