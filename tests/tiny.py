@@ -466,6 +466,14 @@ def _with_window(folder: Path, tokens: int) -> Path:
     return folder
 
 
+def renamed(folder: Path, to: Path, name: str, **values: Any) -> Path:
+    """A copy of a checkpoint whose model_index.json names another pipeline, and other `values`."""
+    shutil.copytree(folder, to)
+    index = json.loads((to / "model_index.json").read_text())
+    (to / "model_index.json").write_text(json.dumps({**index, "_class_name": name, **values}))
+    return to
+
+
 def wan(
     folder: Path,
     *,

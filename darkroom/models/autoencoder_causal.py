@@ -32,6 +32,31 @@ def vae(module: str, name: str) -> Component:
     )
 
 
+class AutoencoderCausalModel(Model):
+    """A family whose pictures or videos come from it."""
+
+    def tiling(self) -> Tiling:
+        return tiling(self.vae)
+
+    def encode_tiling(self) -> Tiling:
+        return encode_tiling(self.vae)
+
+    def normalised(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the encoder gives -> what the transformer knows: [B, C, f, h, w]"""
+        mean, std = statistics(self.vae, latents)
+        return (latents - mean) * (1.0 / std)
+
+    def encode_picture(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """[1, 3, H, W] in [-1, 1] -> normalised latents [1, C, h, w], sampled from the VAE."""
+        latents = self.encoder.encode(picture[:, :, None]).latent_dist.sample(generator)
+        return self.normalised(latents)[:, :, 0]
+
+    def decode_pictures(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """Normalised latents of single frames [B, C, 1, h, w] -> [B, 3, H, W] on the output rank, None elsewhere."""
+        decoded = decode_latents(self, latents)
+        return None if decoded is None else decoded[:, :, 0]
+
+
 def decode_latents(
     model: Model, latents: torch.Tensor, finish: Decode | None = None, **first: Any
 ) -> torch.Tensor | None:

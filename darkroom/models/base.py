@@ -283,18 +283,21 @@ class Model(ABC):
     def new_scheduler(self) -> Any:
         return deepcopy(self.pipe.scheduler)
 
+    def timed_scheduler(self, steps: int | None, **options: Any) -> Any:
+        """A sample's own scheduler at the beginning of so many steps, or of those that `options` say to it."""
+        scheduler = self.new_scheduler()
+        scheduler.set_timesteps(steps, device=self.device, **options)
+        scheduler.set_begin_index(0)
+        return scheduler
+
     def shifted_scheduler(self, sigmas: Any, image_tokens: int, steps: int | None = None) -> Any:
         """A sample's own scheduler over `sigmas`, or over `steps` of its own, which large pictures shift towards the
         noise, as the stock pipelines' `calculate_shift` does it (https://arxiv.org/abs/2403.03206, section 5.3.2)."""
-        scheduler = self.new_scheduler()
-        option = scheduler.config.get
+        option = self.pipe.scheduler.config.get
         low, high = option("base_image_seq_len", 256), option("max_image_seq_len", 4096)
         base, most = option("base_shift", 0.5), option("max_shift", 1.15)
         slope = (most - base) / (high - low)
-        mu = image_tokens * slope + (base - slope * low)
-        scheduler.set_timesteps(steps, sigmas=sigmas, device=self.device, mu=mu)
-        scheduler.set_begin_index(0)
-        return scheduler
+        return self.timed_scheduler(steps, sigmas=sigmas, mu=image_tokens * slope + (base - slope * low))
 
 
 def with_context(samples: Sequence[Sample]) -> torch.Tensor:

@@ -22,9 +22,10 @@ from darkroom.configs.parallel import ParallelConfig
 from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, is_exact, read_headers
 from darkroom.parallel.plan import Plan, lookup
 
-from . import MODELS, any_diffusers, hub
+from . import MODELS, hub
 from .base import Component, Model
 from .json_file import read_json
+from .stock_family import family_of
 
 DEMO = Path(__file__).parent / "demo"
 """The small pipeline that is shipped with Darkroom."""
@@ -255,7 +256,7 @@ def _local_folder(model: str) -> Path | None:
 
 def _other_family(model: str, name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
     try:
-        return any_diffusers.family_of(name, index, folder)
+        return family_of(name, index, folder)
     except ConfigError as e:
         raise ConfigError(
             f"'{model}' is a {name}, which no model family runs, and it does not run as any other pipeline of "

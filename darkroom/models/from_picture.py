@@ -7,25 +7,15 @@ Source: SDEdit, https://arxiv.org/abs/2108.01073. Numbers are drawn, and steps r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from darkroom.configs.pictures import load_mask, load_picture
 from darkroom.configs.request import Request
 
-from .base import Kept, noise_generator
+from .base import Kept, Sample, noise_generator
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a sample begins with."""
-
-    latents: torch.Tensor
-    first_step: int = 0
-    kept: Kept | None = None
 
 
 class DrawsOver(Protocol):
@@ -40,9 +30,44 @@ class DrawsOver(Protocol):
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """[1, C, h, w] -> the shape in which this model's latents go through its steps."""
 
+    def noise(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
+        """What a request without a picture begins with, in that shape. `dtype`: what the texts are in."""
 
-def start_from_picture(model: DrawsOver, request: Request, scheduler: Any, dtype: torch.dtype) -> Start:
-    """The picture's latents, as noisy as the schedule has them at `request.first_step`, where it then begins."""
+
+def begin(
+    model: DrawsOver,
+    request: Request,
+    scheduler: Any,
+    branches: list[dict[str, Any]],
+    dtype: torch.dtype,
+    *,
+    text_tokens: int,
+    image_tokens: int,
+) -> Sample:
+    """The sample of a request: of noise, or of its picture part of the way through the schedule.
+
+    `dtype`: what the texts are in, and then the picture.
+    """
+    latents, kept = (
+        _from_picture(model, request, scheduler, dtype) if request.images else (model.noise(request, dtype), None)
+    )
+    return Sample(
+        request=request,
+        latents=latents,
+        first_step=request.first_step if request.images else 0,
+        kept=kept,
+        scheduler=scheduler,
+        branches=branches,
+        text_tokens=text_tokens,
+        image_tokens=image_tokens,
+    )
+
+
+def _from_picture(
+    model: DrawsOver, request: Request, scheduler: Any, dtype: torch.dtype
+) -> tuple[torch.Tensor, Kept | None]:
+    """The picture's latents, as noisy as the schedule has them at `request.first_step`, where it then begins; and what
+    stays of them."""
     import torch
 
     generator, first = noise_generator(request), request.first_step
@@ -54,7 +79,7 @@ def start_from_picture(model: DrawsOver, request: Request, scheduler: Any, dtype
     if request.mask is not None:
         mask = _mask(model, request, clean)
         kept = Kept(latents=model.pack(clean), noise=model.pack(noise), mask=model.pack(mask))
-    return Start(latents=model.pack(latents), first_step=first, kept=kept)
+    return model.pack(latents), kept
 
 
 def _pixels(model: DrawsOver, request: Request) -> torch.Tensor:

@@ -19,15 +19,13 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
-from .autoencoder_causal import decode_latents, statistics, tiling, vae
-from .base import Component, Model, Sample, noise_generator, with_context
-from .from_picture import Start, start_from_picture
+from .autoencoder_causal import AutoencoderCausalModel, vae
+from .base import Component, Sample, noise_generator, with_context
+from .from_picture import begin
 from .text_encoders import QWEN2_5_VL
 
 if TYPE_CHECKING:
     import torch
-
-    from darkroom.parallel.spatial import Tiling
 
 _BLOCK = "transformer_blocks.*"
 _HEADS = Heads("num_attention_heads")
@@ -53,7 +51,7 @@ TRANSFORMER = Plan(
 )
 
 
-class QwenImage(Model):
+class QwenImage(AutoencoderCausalModel):
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     capabilities = Capabilities(
         family="Qwen-Image",
@@ -86,24 +84,12 @@ class QwenImage(Model):
         "vae": vae("autoencoder_kl_qwenimage", "AutoencoderKLQwenImage"),
     }
 
-    def tiling(self) -> Tiling:
-        return tiling(self.vae)
-
     def prepare(self, request: Request) -> Sample:
         grid = self.grid(request.width, request.height)
         branches = [{**self._encode(request, prompt), "img_shapes": [grid]} for prompt in self.prompts(request)]
-        dtype = branches[0]["encoder_hidden_states"].dtype
-        scheduler = self.schedule(request, math.prod(grid))
-        start = start_from_picture(self, request, scheduler, dtype) if request.images else self._noise(request, dtype)
-        return Sample(
-            request=request,
-            latents=start.latents,
-            first_step=start.first_step,
-            kept=start.kept,
-            scheduler=scheduler,
-            branches=branches,
-            text_tokens=branches[0]["encoder_hidden_states"].shape[1],
-            image_tokens=start.latents.shape[1],
+        scheduler, text = self.schedule(request), branches[0]["encoder_hidden_states"]
+        return begin(
+            self, request, scheduler, branches, text.dtype, text_tokens=text.shape[1], image_tokens=math.prod(grid)
         )
 
     def _encode(self, request: Request, prompt: str) -> dict[str, Any]:
@@ -112,28 +98,22 @@ class QwenImage(Model):
         )
         return {"encoder_hidden_states": embeds}  # one prompt has no padding, hence no mask
 
-    def schedule(self, request: Request, image_tokens: int) -> Any:
+    def schedule(self, request: Request) -> Any:
         import numpy as np
 
-        steps = request.num_inference_steps
+        steps, image_tokens = request.num_inference_steps, math.prod(self.grid(request.width, request.height))
         return self.shifted_scheduler(np.linspace(1.0, 1 / steps, steps), image_tokens)
 
-    def _noise(self, request: Request, dtype: torch.dtype) -> Start:
-        noise = self.pipe.prepare_latents(
+    def noise(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
+        noise: torch.Tensor = self.pipe.prepare_latents(
             1, self.channels, request.height, request.width, dtype, self.device, noise_generator(request)
         )
-        return Start(latents=noise)
+        return noise
 
     @property
     def channels(self) -> int:
         channels: int = self.pipe.transformer.config.in_channels // 4
         return channels
-
-    def encode_picture(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """[1, 3, H, W] -> normalised latents [1, C, h, w]"""
-        latents: torch.Tensor = self.encoder.encode(picture[:, :, None]).latent_dist.sample(generator)
-        mean, std = statistics(self.vae, latents)
-        return ((latents - mean) * (1.0 / std))[:, :, 0]
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """[1, C, h, w] -> [1, S, 4 C]"""
@@ -183,8 +163,7 @@ class QwenImage(Model):
         request, pipe = samples[0].request, self.pipe
         packed = torch.cat(list(latents))
         z = pipe._unpack_latents(packed, request.height, request.width, pipe.vae_scale_factor)
-        decoded = decode_latents(self, z)
-        return None if decoded is None else decoded[:, :, 0]
+        return self.decode_pictures(z)
 
 
 def _pad(embeds: Sequence[torch.Tensor], least: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -18,7 +18,6 @@ from darkroom.configs.errors import RequestError
 from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
 
-from .autoencoder_causal import decode_latents
 from .base import PROMPTS, Model, Sample, noise_generator
 from .qwen_image import QwenImage
 from .text_encoders import QWEN2_5_VL_WITH_VISION, processor_files
@@ -60,25 +59,7 @@ class QwenImageEdit(QwenImage):
         ]
         pixels = [self._pixels(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
         with self.encoder.ahead(pixels):
-            latents, context = self.pipe.prepare_latents(
-                self.arranged(pixels),
-                1,
-                self.channels,
-                request.height,
-                request.width,
-                branches[0]["encoder_hidden_states"].dtype,
-                self.device,
-                noise_generator(request),
-            )
-        return Sample(
-            request=request,
-            latents=latents,
-            context=context,
-            scheduler=self.schedule(request, latents.shape[1]),
-            branches=branches,
-            text_tokens=branches[0]["encoder_hidden_states"].shape[1],
-            image_tokens=latents.shape[1],
-        )
+            return _with_pictures(self, request, branches, self.arranged(pixels))
 
     def seen(self, pictures: Sequence[Image.Image]) -> Any:
         """What the text encoder sees of them."""
@@ -157,37 +138,15 @@ class QwenImageLayered(QwenImage):
         picture = load_picture(request.images[0]).convert("RGBA")
         picture = self.pipe.image_processor.resize(picture, request.height, request.width)
         pixels = self.pipe.image_processor.preprocess(picture, request.height, request.width).unsqueeze(2)
-        dtype = branches[0]["encoder_hidden_states"].dtype
-        latents, context = self.pipe.prepare_latents(
-            pixels,
-            1,
-            self.channels,
-            request.height,
-            request.width,
-            request.layers,
-            dtype,
-            self.device,
-            noise_generator(request),
-        )
-        return Sample(
-            request=request,
-            latents=latents,
-            context=context,
-            scheduler=self.schedule(request, math.prod(grid)),
-            branches=branches,
-            text_tokens=branches[0]["encoder_hidden_states"].shape[1],
-            image_tokens=latents.shape[1],
-        )
+        return _with_pictures(self, request, branches, pixels, request.layers)
 
-    def schedule(self, request: Request, image_tokens: int) -> Any:
+    def schedule(self, request: Request) -> Any:
         """Shifted by the picture's edge, beside one of 256 pixels."""
         import numpy as np
 
-        scheduler = self.new_scheduler()
+        image_tokens = math.prod(self.grid(request.width, request.height))
         sigmas = np.linspace(1.0, 0, request.num_inference_steps + 1)[:-1]
-        scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=(image_tokens / 256) ** 0.5)
-        scheduler.set_begin_index(0)
-        return scheduler
+        return self.timed_scheduler(None, sigmas=sigmas, mu=(image_tokens / 256) ** 0.5)
 
     def transformer_options(self, batch_size: int) -> dict[str, Any]:
         import torch
@@ -202,8 +161,36 @@ class QwenImageLayered(QwenImage):
         packed = torch.cat(list(latents))
         z = pipe._unpack_latents(packed, request.height, request.width, request.layers, pipe.vae_scale_factor)
         layers = z[:, :, 1:].transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [B L, C, 1, h, w]
-        decoded = decode_latents(self, layers)
-        return None if decoded is None else decoded[:, :, 0].unflatten(0, (len(samples), request.layers))
+        decoded = self.decode_pictures(layers)
+        return None if decoded is None else decoded.unflatten(0, (len(samples), request.layers))
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
         return super().pictures(decoded[0])
+
+
+def _with_pictures(
+    model: QwenImage, request: Request, branches: list[dict[str, Any]], pictures: Any, *layers: int
+) -> Sample:
+    """The sample of a request whose pictures stand behind what is drawn, as the pipelines' `prepare_latents` encodes
+    them."""
+    texts = branches[0]["encoder_hidden_states"]
+    latents, context = model.pipe.prepare_latents(
+        pictures,
+        1,
+        model.channels,
+        request.height,
+        request.width,
+        *layers,
+        texts.dtype,
+        model.device,
+        noise_generator(request),
+    )
+    return Sample(
+        request=request,
+        latents=latents,
+        context=context,
+        scheduler=model.schedule(request),
+        branches=branches,
+        text_tokens=texts.shape[1],
+        image_tokens=latents.shape[1],
+    )

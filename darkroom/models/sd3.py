@@ -21,7 +21,7 @@ from darkroom.parallel.plan import (
 
 from .autoencoder_kl import VAE, AutoencoderKLModel
 from .base import Component, Sample, noise_generator
-from .from_picture import Start, start_from_picture
+from .from_picture import begin
 from .text_encoders import CLIP, T5
 
 if TYPE_CHECKING:
@@ -140,25 +140,16 @@ class StableDiffusion3(AutoencoderKLModel):
         patch = self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
         image_tokens = (request.height // patch) * (request.width // patch)
         scheduler = self._scheduler(request.num_inference_steps, image_tokens)
+        text_tokens = self._count(request.prompt, request.max_sequence_length)
         dtype = branches[0]["encoder_hidden_states"].dtype
-        start = start_from_picture(self, request, scheduler, dtype) if request.images else self._noise(request, dtype)
-        return Sample(
-            request=request,
-            latents=start.latents,
-            first_step=start.first_step,
-            kept=start.kept,
-            scheduler=scheduler,
-            branches=branches,
-            text_tokens=self._count(request.prompt, request.max_sequence_length),
-            image_tokens=image_tokens,
-        )
+        return begin(self, request, scheduler, branches, dtype, text_tokens=text_tokens, image_tokens=image_tokens)
 
-    def _noise(self, request: Request, dtype: torch.dtype) -> Start:
+    def noise(self, request: Request, dtype: torch.dtype) -> torch.Tensor:
         channels = self.pipe.transformer.config.in_channels
-        noise = self.pipe.prepare_latents(
+        noise: torch.Tensor = self.pipe.prepare_latents(
             1, channels, request.height, request.width, dtype, self.device, noise_generator(request)
         )
-        return Start(latents=noise)
+        return noise
 
     def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
         """Hidden states of CLIP's 77 tokens, and behind them T5's; and CLIP's summaries."""
@@ -180,10 +171,7 @@ class StableDiffusion3(AutoencoderKLModel):
         """A sample's own scheduler. The published checkpoints shift their sigmas alike for all sizes."""
         if self.pipe.scheduler.config.get("use_dynamic_shifting"):
             return self.shifted_scheduler(None, image_tokens, steps)
-        scheduler = self.new_scheduler()
-        scheduler.set_timesteps(steps, device=self.device)
-        scheduler.set_begin_index(0)
-        return scheduler
+        return self.timed_scheduler(steps)
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         import torch

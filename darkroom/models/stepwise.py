@@ -8,10 +8,15 @@ then belongs to the call, however calls take turns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from darkroom.parallel.guidance import BranchCalls
+
+    from .any_diffusers import CallSample
 
 
 class EndOfCall(BaseException):
@@ -73,3 +78,55 @@ class StepwiseCall:
             torch.cuda.set_device(self._device)
         with torch.inference_mode():
             self.result = self._function(self._pause)
+
+
+class Steps:
+    """Stands for the pipeline's progress bar, whose loop pauses when it begins, and after every step.
+
+    `parameters` are those of the pipeline's call. If `callback` is one of them, the older hook, a step is over with it:
+    it comes after the bar moves, and the newer one before.
+    """
+
+    def __init__(
+        self, sample: CallSample, pause: Callable[[], None], branches: BranchCalls | None, parameters: Collection[str]
+    ) -> None:
+        self._sample, self._pause, self._branches = sample, pause, branches
+        self._parameters = parameters
+
+    def of(self, total: int) -> Steps:
+        """Stands for the method that makes the bar."""
+        self._sample.steps = total
+        return self
+
+    def __enter__(self) -> Steps:
+        self._pause()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        return
+
+    def update(self, _steps: int = 1) -> None:
+        if "callback" not in self._parameters:
+            self._end()
+
+    def hooks(self) -> dict[str, Any]:
+        """What is told the latents after each step, under the name that the pipeline has for it."""
+
+        def keep(latents: torch.Tensor) -> dict[str, Any]:
+            self._sample.latents = latents
+            return {}
+
+        def end(latents: torch.Tensor) -> None:
+            keep(latents)
+            self._end()
+
+        hooks = {
+            "callback_on_step_end": lambda _pipe, _step, _time, values: keep(values["latents"]),
+            "callback": lambda _step, _time, latents: end(latents),
+        }
+        return {name: hook for name, hook in hooks.items() if name in self._parameters}
+
+    def _end(self) -> None:
+        if self._branches:
+            self._branches.end_step(self._sample.latents)
+        self._pause()

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.capabilities import Capabilities
-from darkroom.configs.errors import ConfigError
-from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
 from darkroom.parallel.plan import (
     Colwise,
@@ -27,15 +25,13 @@ from darkroom.parallel.plan import (
     SequenceParallelOutput,
 )
 
-from .autoencoder_causal import decode_latents, encode_tiling, statistics, tiling, vae
-from .base import Component, Model, Sample, noise_generator
+from .base import Component, Sample
+from .experts import ExpertsModel, ExpertsSample, transformer_config
 from .text_encoders import UMT5
+from .video import VAE, VideoModel, VideoSample
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
-
-    from darkroom.parallel.spatial import Tiling
 
 _ATTENTION = ("blocks.*.attn1", "blocks.*.attn2")  # over the video, and from the video to the text
 _TO_PICTURE = ("blocks.*.attn2.add_k_proj", "blocks.*.attn2.add_v_proj")  # and from the video to a picture
@@ -72,17 +68,13 @@ TRANSFORMER = Component(
 
 
 @dataclass(kw_only=True)
-class WanSample(Sample):
-    high_noise_steps: int
-    """How many of the steps, the first ones, are `transformer`'s; the others are `transformer_2`'s."""
-    first_frame: torch.Tensor | None = None
-    """The latents [1, C, 1, h, w] of a picture that the video begins with: no step changes them."""
+class WanSample(VideoSample, ExpertsSample):
     beside: torch.Tensor | None = None
     """Channels [1, 4 + C, f, h, w] that the transformer sees behind the video's: which frame is a picture, and its
     latents."""
 
 
-class Wan(Model):
+class Wan(VideoModel, ExpertsModel):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     capabilities = Capabilities(
         family="Wan",
@@ -109,24 +101,18 @@ class Wan(Model):
         "transformer": TRANSFORMER,
         "transformer_2": TRANSFORMER,
         "text_encoder": UMT5,
-        "vae": vae("autoencoder_kl_wan", "AutoencoderKLWan"),
+        "vae": VAE,
     }
     files: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         (("scheduler/scheduler_config.json",),),
         (("tokenizer/tokenizer.json",), ("tokenizer/spiece.model",)),
     )
-    # 2.1 has no second; a boundary of one end leaves only one of them
-    optional: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
     @classmethod
     def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """A token's size in pixels and frames, and how many there are places for along either edge and in time; and
         what 2.2's model cards say, which its index tells from 2.1."""
-        boundary = index.get("boundary_ratio")
-        needed = {"transformer": boundary is None or boundary < 1, "transformer_2": bool(boundary)}
-        if missing := [name for name, is_needed in needed.items() if is_needed and name not in configs]:
-            raise ConfigError(f"model_index.json names no {missing[0]}, and its boundary_ratio of {boundary} needs one")
-        transformer = configs.get("transformer") or configs["transformer_2"]
+        transformer, boundary = transformer_config(index, configs), index.get("boundary_ratio")
         patch, places = transformer.get("patch_size", (1, 2, 2))[-1], transformer.get("rope_max_seq_len", 1024)
         unit = configs["vae"].get("scale_factor_spatial", 8) * patch
         frames = configs["vae"].get("scale_factor_temporal", 4)
@@ -145,31 +131,23 @@ class Wan(Model):
             return {**described, **steps, **scales, "default_size": (1280, 720)}
         return described
 
-    def tiling(self) -> Tiling:
-        return tiling(self.vae)
-
-    def encode_tiling(self) -> Tiling:
-        return encode_tiling(self.vae)
-
     def prepare(self, request: Request) -> WanSample:
-        scheduler = self.new_scheduler()
-        scheduler.set_timesteps(request.num_inference_steps, device=self.device)
-        scheduler.set_begin_index(0)
-        latents = self._noise(request)
-        first_frame = None
-        if request.images and self.pipe.config.expand_timesteps:
-            first_frame = self.encode_video(self.picture(request))
-            latents = _beginning_with(first_frame, latents)
-        return WanSample(
+        scheduler = self.timed_scheduler(request.num_inference_steps)
+        latents = self.noise(request)
+        begins = request.images and self.pipe.config.expand_timesteps
+        first_frame = self.encode_video(self.picture(request)) if begins else None
+        sample = WanSample(
             request=request,
             latents=latents,
             scheduler=scheduler,
             branches=[self.encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)],
             text_tokens=min(len(self.pipe.tokenizer(request.prompt).input_ids), request.max_sequence_length),
-            image_tokens=latents[0, 0].numel() // math.prod(self._transformers[0].config.patch_size),
-            high_noise_steps=self._high_noise_steps(scheduler),
+            image_tokens=latents[0, 0].numel() // math.prod(self.transformers[0].config.patch_size),
+            high_noise_steps=self.high_noise_steps(scheduler),
             first_frame=first_frame,
         )
+        sample.latents = sample.begin_with_picture(latents)
+        return sample
 
     def encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
         """Padded with zeros to the window, and never masked."""
@@ -178,54 +156,14 @@ class Wan(Model):
         )
         return {"encoder_hidden_states": embeds.to(self.dtype)}
 
-    def _noise(self, request: Request) -> torch.Tensor:
-        """[1, C, f, h, w] in fp32, which the latents stay in whatever the model computes in."""
-        import torch
-
-        config = self.vae.config
-        frames = (request.num_frames - 1) // config.scale_factor_temporal + 1
-        height, width = request.height // config.scale_factor_spatial, request.width // config.scale_factor_spatial
-        shape = (1, config.z_dim, frames, height, width)
-        return torch.randn(shape, generator=noise_generator(request), dtype=torch.float32).to(self.device)
-
-    def picture(self, request: Request) -> torch.Tensor:
-        """The request's own, of the size of the video. [1, 3, 1, H, W] in [-1, 1]"""
-        picture = load_picture(request.images[0]).convert("RGB")
-        pixels: torch.Tensor = self.pipe.video_processor.preprocess(picture, request.height, request.width)
-        return pixels.to(self.device)[:, :, None]
-
-    def encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[1, 3, F, H, W] -> the likeliest latents, normalised: [1, C, f, h, w] in fp32"""
-        latents = self.encoder.encode(pixels).latent_dist.mode().float()
-        mean, std = statistics(self.vae, latents)
-        return (latents - mean) * (1.0 / std)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the transformers compute in."""
-        dtype: torch.dtype = self._transformers[0].dtype
-        return dtype
-
-    @property
-    def _transformers(self) -> list[Any]:
-        return [part for part in (self.pipe.transformer, self.pipe.transformer_2) if part is not None]
-
-    def _high_noise_steps(self, scheduler: Any) -> int:
-        """Counted once for a request: to compare a timestep in a step would make Python wait for the GPU."""
-        boundary = self.pipe.config.boundary_ratio
-        if boundary is None:
-            return len(scheduler.timesteps)
-        return int((scheduler.timesteps >= boundary * scheduler.config.num_train_timesteps).sum())
-
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         """[B, C, f, h, w]"""
         import torch
 
-        if len({(_is_high_noise(sample), sample.request.max_sequence_length) for sample in samples}) > 1:
+        if len({(self.expert(sample), sample.request.max_sequence_length) for sample in samples}) > 1:
             return torch.cat([self.predict([sample], branch) for sample in samples])
-        transformer = self.pipe.transformer if _is_high_noise(samples[0]) else self.pipe.transformer_2
         branches = [sample.branches[branch] for sample in samples]
-        prediction: torch.Tensor = transformer(
+        prediction: torch.Tensor = self.expert(samples[0])(
             hidden_states=torch.cat([_with_channels(sample) for sample in samples]).to(self.dtype),
             timestep=torch.stack([self._times(sample) for sample in samples]),
             return_dict=False,
@@ -245,43 +183,10 @@ class Wan(Model):
         tokens = sample.image_tokens // sample.latents.shape[2]  # of a frame
         return torch.cat([torch.zeros_like(times[:tokens]), times[tokens:]])
 
-    def guidance_scale(self, sample: Sample) -> float:
-        low_noise = sample.request.guidance_scale_2
-        return sample.request.guidance_scale if low_noise is None or _is_high_noise(sample) else low_noise
-
-    def advance(self, sample: Sample, prediction: torch.Tensor) -> None:
-        super().advance(sample, prediction)
-        if (first := _own(sample).first_frame) is not None:
-            sample.latents = _beginning_with(first, sample.latents)
-            if sample.estimate is not None:
-                sample.estimate = _beginning_with(first, sample.estimate)
-
-    def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """-> videos [B, 3, F, H, W]"""
-        import torch
-
-        return decode_latents(self, torch.cat(list(latents)), self._finish, first_chunk=True)
-
-    def _finish(self, tiles: torch.Tensor) -> torch.Tensor:
-        """What the decoder returns -> pixels in [-1, 1]"""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-        pixels: torch.Tensor = unpatchify(tiles, self.vae.config.patch_size or 1)
-        return pixels.clamp(-1.0, 1.0)
-
-    def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
-        """The frames of one video [1, 3, F, H, W]."""
-        [frames] = self.pipe.video_processor.postprocess_video(decoded, output_type="pil")
-        return list(frames)
-
 
 def _own(sample: Sample) -> WanSample:
     assert isinstance(sample, WanSample)
     return sample
-
-
-def _is_high_noise(sample: Sample) -> bool:
-    return sample.step < _own(sample).high_noise_steps
 
 
 def _with_channels(sample: Sample) -> torch.Tensor:
@@ -289,10 +194,3 @@ def _with_channels(sample: Sample) -> torch.Tensor:
 
     beside = _own(sample).beside
     return sample.latents if beside is None else torch.cat([sample.latents, beside], 1)
-
-
-def _beginning_with(first: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """[1, C, f, h, w], of which the first frame is `first`."""
-    import torch
-
-    return torch.cat([first, latents[:, :, 1:]], 2)

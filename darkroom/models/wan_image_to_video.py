@@ -80,7 +80,7 @@ class WanImageToVideo(Wan):
 
     @property
     def _reads_pictures(self) -> bool:
-        return self._transformers[0].config.image_dim is not None
+        return self.transformers[0].config.image_dim is not None
 
     def _see(self, request: Request) -> torch.Tensor:
         """What CLIP makes of the picture, whatever the video's size. [1, T, width]"""

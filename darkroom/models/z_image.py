@@ -23,7 +23,7 @@ from darkroom.parallel.plan import (
 
 from .autoencoder_kl import VAE, AutoencoderKLModel
 from .base import Component, Sample, noise_generator
-from .from_picture import Start, start_from_picture
+from .from_picture import begin
 from .text_encoders import QWEN3
 
 if TYPE_CHECKING:
@@ -109,18 +109,8 @@ class ZImage(AutoencoderKLModel):
         patch = self.pipe.vae_scale_factor * 2
         image_tokens = (request.height // patch) * (request.width // patch)
         scheduler = self.shifted_scheduler(get_default_z_image_sigmas(request.num_inference_steps), image_tokens)
-        dtype = branches[0]["cap_feats"].dtype
-        start = start_from_picture(self, request, scheduler, dtype) if request.images else self._noise(request)
-        return Sample(
-            request=request,
-            latents=start.latents,
-            first_step=start.first_step,
-            kept=start.kept,
-            scheduler=scheduler,
-            branches=branches,
-            text_tokens=len(branches[0]["cap_feats"]),
-            image_tokens=image_tokens,
-        )
+        text = branches[0]["cap_feats"]
+        return begin(self, request, scheduler, branches, text.dtype, text_tokens=len(text), image_tokens=image_tokens)
 
     def _encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
         [embeds], _ = self.pipe.encode_prompt(
@@ -128,11 +118,11 @@ class ZImage(AutoencoderKLModel):
         )
         return {"cap_feats": embeds}
 
-    def _noise(self, request: Request) -> Start:
+    def noise(self, request: Request, _dtype: torch.dtype) -> torch.Tensor:
         """[1, C, h, w] in fp32, which the latents stay in whatever the model computes in."""
         import torch
 
-        noise = self.pipe.prepare_latents(
+        noise: torch.Tensor = self.pipe.prepare_latents(
             1,
             self.pipe.transformer.in_channels,
             request.height,
@@ -141,7 +131,7 @@ class ZImage(AutoencoderKLModel):
             self.device,
             noise_generator(request),
         )
-        return Start(latents=noise)
+        return noise
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         """The model predicts the data's side of the velocity at time 1 - sigma: negated, it is the scheduler's."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,6 @@ from diffusers import AuraFlowPipeline, Flux2KleinPipeline, FluxPipeline, PixArt
 
 from darkroom.configs import ConfigError, ParallelConfig, Request, RequestError, SamplingParams
 from darkroom.engine.messages import Decode, Drop, Prepare, Step
-from darkroom.models.any_diffusers import AnyDiffusers
 from darkroom.models.checkpoint import Checkpoint
 from darkroom.offline import Darkroom
 from darkroom.parallel import guidance
@@ -206,17 +203,6 @@ def test_a_placeholder_that_is_not_filled_is_told(name: str, folders: dict[str, 
 # ---- at the start ----------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_spread_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    distilled = tiny.flux2_klein(tmp_path / "distilled", is_distilled=True)
-    assert (
-        "one prediction a step" in (message := refusal({"cfg": 2}, distilled))
-        and "use --usp or --ring or --tp" in message
-    )
-    assert "the transformer has 4 heads" in refusal({"tp": 3}, folders["flux"])
-    assert "has no plan for ulysses parallelism; it has: cfg, vae" in refusal({"usp": 2}, folders["aura_flow"])
-    assert "tp parallelism" in refusal({"tp": 2}, folders["aura_flow"])
-
-
 def test_a_kernel_is_used_or_refused(folders: dict[str, Path]) -> None:
     """With a sequence plan and without."""
     for name in ("flux", "flux2_klein"):
@@ -248,39 +234,8 @@ def test_a_vae_without_a_plan_decodes_on_one_rank(tmp_path: Path) -> None:
     assert difference(outputs[0], whole) <= TOLERANCE and outputs[1]["0"][1] is None
 
 
-def renamed(folder: Path, to: Path, name: str, **values: Any) -> Path:
-    shutil.copytree(folder, to)
-    index = json.loads((to / "model_index.json").read_text())
-    (to / "model_index.json").write_text(json.dumps({**index, "_class_name": name, **values}))
-    return to
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("NoPipeline", "is no pipeline of diffusers"),
-        ("StableDiffusionPipeline", "it has no transformer"),
-        ("DiTPipeline", "its call takes no prompt and no height and no width"),
-        ("LTXPipeline", "it makes videos"),
-        ("LattePipeline", "it makes videos"),
-        ("FluxControlPipeline", "it draws by a 'control_image', which no request brings"),
-        ("JoyImageEditPlusPipeline", "its call takes 'images', and it is not known what it does without"),
-        ("BriaFibo2Pipeline", "its call takes 'fonts'"),
-        ("FluxControlNetPipeline", "it draws by a 'control_guidance_start', which no request brings"),
-    ],
-)
-def test_what_cannot_run_is_refused(name: str, reason: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    assert reason in refusal({}, renamed(folders["flux"], tmp_path / "x", name))
-
-
-def test_a_config_that_is_no_json_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = renamed(folders["flux"], tmp_path / "x", "FluxPipeline")
-    (folder / "vae" / "config.json").write_text("{")
-    assert "vae/config.json is not JSON" in refusal({}, folder)
-
-
 def test_variants_of_weights_are_loaded(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = renamed(folders["flux"], tmp_path / "x", "FluxPipeline")
+    folder = tiny.renamed(folders["flux"], tmp_path / "x", "FluxPipeline")
     files = [*folder.glob("*/model.safetensors"), *folder.glob("*/diffusion_pytorch_model.safetensors")]
     for file in files:
         file.rename(file.with_suffix(".fp16.safetensors"))
@@ -289,49 +244,11 @@ def test_variants_of_weights_are_loaded(folders: dict[str, Path], tmp_path: Path
         assert difference(generate(variant, [request()]), generate(plain, [request()])) == 0
 
 
-def test_a_picture_alone_does_not_do_where_a_part_is_drawn_over(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = renamed(folders["flux"], tmp_path / "x", "FluxInpaintPipeline")
-    params = SamplingParams(images=(picture_file(64, 64),))
-    with pytest.raises(RequestError, match="it needs a 'mask' too"):
-        Checkpoint.open(str(folder)).capabilities.resolve("a cat", params)
-
-
 def test_a_vae_may_be_asked_to_compute_in_another_dtype(folders: dict[str, Path]) -> None:
     """AuraFlow decodes in float32 whatever it computes in."""
     with worker(folders["aura_flow"], ParallelConfig()) as one:
         assert one.model.pipe.vae.to(torch.float64) is one.model.pipe.vae
         assert one.model.pipe.vae.dtype == torch.float64
-
-
-def test_foreign_code_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = renamed(folders["flux"], tmp_path / "x", "FluxPipeline", vae=["pipeline_mine", "MyVae"])
-    assert "takes 'vae' from pipeline_mine" in refusal({}, folder)
-
-
-def test_capabilities_are_the_pipelines_own(folders: dict[str, Path], tmp_path: Path) -> None:
-    klein = Checkpoint.open(str(folders["flux2_klein"])).capabilities
-    assert klein.tasks == ("text-to-image", "edit") and klein.max_images == 1
-    assert (klein.size_multiple, klein.default_size, klein.guidance_scale) == (16, (1024, 1024), 4.0)
-    with pytest.raises(RequestError, match="takes no negative prompt"):
-        klein.resolve("a cat", SamplingParams(negative_prompt="red"))
-    aura = Checkpoint.open(str(folders["aura_flow"])).capabilities
-    assert (aura.num_inference_steps, aura.guidance_scale, aura.text_window) == (50, 3.5, 256)
-    assert (klein.max_edge, aura.max_edge) == (None, 32 * 16)  # AuraFlow's table has 1024 positions
-    assert (klein.min_image_edge, klein.max_aspect_ratio) == (64, 8)
-    own = renamed(folders["flux"], tmp_path / "own", "FluxPipeline")
-    (own / "darkroom.json").write_text(json.dumps({"num_inference_steps": 4, "default_size": [64, 48]}))
-    flux = Checkpoint.open(str(own)).capabilities
-    assert (flux.num_inference_steps, flux.default_size, flux.guidance_scale) == (4, (64, 48), 1.0)
-    assert issubclass(Checkpoint.open(str(own)).family, AnyDiffusers)
-
-
-def test_steps_that_are_fixed_are_the_only_ones(folders: dict[str, Path], tmp_path: Path) -> None:
-    sprint = Checkpoint.open(str(renamed(folders["flux"], tmp_path / "x", "SanaSprintPipeline"))).capabilities
-    params = [SamplingParams(), SamplingParams(quality="low"), SamplingParams(num_inference_steps=2)]
-    assert [sprint.resolve("a cat", each).num_inference_steps for each in params] == [2, 2, 2]
-    for steps in (1, 3):
-        with pytest.raises(RequestError, match="Invalid num_inference_steps"):
-            sprint.resolve("a cat", SamplingParams(num_inference_steps=steps))
 
 
 def test_what_shows_no_previews_is_not_asked_for_them(folders: dict[str, Path]) -> None:
@@ -345,15 +262,6 @@ def test_what_shows_no_previews_is_not_asked_for_them(folders: dict[str, Path]) 
         with pytest.raises(RuntimeError, match="there are no previews"):
             one.decode(Decode(ids=("a",), preview=0))
         one.execute(Drop(ids=("a",)))
-
-
-def test_what_is_derived_needs_no_torch(folders: dict[str, Path]) -> None:
-    code = (
-        "import sys; from darkroom.models.checkpoint import Checkpoint; "
-        f"Checkpoint.open({str(folders['flux'])!r}); print(sorted({{'torch', 'diffusers'}} & sys.modules.keys()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_the_whole_engine_runs_one(folders: dict[str, Path]) -> None:

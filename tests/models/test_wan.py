@@ -1,11 +1,9 @@
-"""Wan beyond the golden matrix: its other checkpoints, precisions, tiles, the boundary, and what a checkpoint says."""
+"""Wan beyond the golden matrix: its other checkpoints, precisions, tiles, and what a checkpoint says."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,8 +12,7 @@ from diffusers import WanPipeline
 from darkroom.configs import ParallelConfig
 from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.wan import Wan
-from tests import tiny
-from tests.golden import TOLERANCE, difference, from_stock, generate, stock_pipeline, worker
+from tests.golden import from_stock, generate, stock_pipeline, worker
 from tests.matrix import Cell, Kind, Kinds, OneProcess, differences, run_cells, unequal
 from tests.ranks import run_ranks
 from tests.subjects import WAN, run_wan, video
@@ -67,33 +64,6 @@ def test_one_process_decodes_in_tiles_as_the_stock_vae_does(
     assert not torch.equal(numbers, whole)  # tiles blend into each other: another video
 
 
-def test_guidance_of_one_strength_is_seen(stock: dict[str, WanPipeline], checkpoints: dict[str, Path]) -> None:
-    wanted = video(guidance_scale_2=2.5)
-    with worker(checkpoints["wan_2_2"], ParallelConfig()) as one, patch("darkroom.models.wan._is_high_noise", first):
-        [(latents, _)] = generate(one, [wanted]).values()
-    assert float((latents - run_wan(stock["wan_2_2"], wanted, "latent")).abs().max()) > 10 * TOLERANCE
-
-
-def first(_sample: Any) -> bool:
-    return True
-
-
-def test_a_batch_over_both_transformers_is_each_alone(checkpoints: dict[str, Path]) -> None:
-    """At the second of three steps one sample is below the boundary, at that of four the other is above it."""
-    both = [video("a cat", num_inference_steps=3), video("a large orange house", seed=1, max_sequence_length=40)]
-    with worker(checkpoints["wan_2_2"], ParallelConfig()) as one:
-        assert difference(generate(one, both, batched=True), generate(one, both)) <= TOLERANCE
-        assert [one.samples[id].high_noise_steps for id in ("0", "1")] == [1, 2]  # type: ignore[attr-defined]
-
-
-def test_the_clean_estimate_ends_as_the_video(checkpoints: dict[str, Path]) -> None:
-    with worker(checkpoints["wan_2_1_4_heads"], ParallelConfig()) as one:
-        generate(one, [video(partial_images=1, num_inference_steps=8)])
-        sample = one.samples["0"]
-    assert sample.estimate is not None
-    assert float((sample.estimate - sample.latents).abs().max()) <= TOLERANCE  # the last step goes to sigma zero
-
-
 # ---- what a checkpoint says ----------------------------------------------------------------------------------------
 
 
@@ -109,13 +79,6 @@ def test_capabilities_follow_from_the_checkpoint(checkpoints: dict[str, Path]) -
         assert (capabilities.num_frames - 1) % capabilities.frame_multiple == 0
 
 
-def test_one_of_two_transformers_may_be_absent(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Of a boundary at the end of the schedule, all steps are the second's."""
-    assert list(Checkpoint.open(str(checkpoints["wan_2_1_4_heads"])).absent) == ["transformer_2"]
-    folder = tiny.wan(tmp_path / "second", boundary=1.0, first=False)
-    assert from_stock(folder, video(), stock_pipeline(WanPipeline, folder), run_wan) == (0.0, 0)
-
-
 # ---- on ranks ------------------------------------------------------------------------------------------------------
 
 
@@ -127,16 +90,3 @@ def test_an_odd_number_of_tokens_is_shared(cell: Cell, checkpoints: dict[str, Pa
     """Which the sizes that 2.2's small model can make too do not have."""
     one = {"wan_2_1_5_heads": checkpoints["wan_2_1_5_heads"]}
     assert unequal(differences(run_ranks(run_cells, 2, one, [cell], nullcontext, ODD), OneProcess(one, ODD))) == {}
-
-
-def connected(rank: int, _size: int, folder: Path) -> list[int]:
-    """How many attention modules of each transformer are spread."""
-    with worker(folder, ParallelConfig.model_validate({"usp": 2}), rank) as one:
-        both = (one.model.pipe.transformer, one.model.pipe.transformer_2)
-        attending = [[part for part in x.modules() if hasattr(part, "processor")] for x in both]
-        return [sum(part.processor._parallel_config is not None for part in parts) for parts in attending]
-
-
-def test_both_transformers_are_spread(checkpoints: dict[str, Path]) -> None:
-    """Alone on its rank, one of them would give the same video, and save nothing."""
-    assert run_ranks(connected, 2, checkpoints["wan_2_2"]) == [[2, 2], [2, 2]]

@@ -75,22 +75,6 @@ def test_the_small_model_begins_with_a_picture_under_its_other_name(
     assert tasks == ["text-to-video", "image-to-video"]
 
 
-def test_previews_begin_with_the_picture_too(checkpoints: dict[str, Path]) -> None:
-    with worker(checkpoints[NAMES[2]], ParallelConfig()) as one:
-        generate(one, [from_a_picture(partial_images=1, num_inference_steps=2)])
-        sample = one.samples["0"]
-    assert sample.estimate is not None
-    assert torch.equal(sample.estimate[:, :, 0], sample.latents[:, :, 0])
-
-
-def test_requests_with_and_without_a_picture_share_a_batch(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    both = [from_a_picture(), from_a_picture(images=(), task="text-to-video", seed=1)]
-    with worker(tiny.wan(tmp_path / "small", small=True), ParallelConfig()) as one:
-        alone, together = generate(one, both), generate(one, both, batched=True)
-    for id, (latents, _) in alone.items():
-        assert float((latents - together[id][0]).abs().max()) <= TOLERANCE
-
-
 def test_a_short_window_is_what_is_cut_off(checkpoints: dict[str, Path]) -> None:
     """2.1 always takes 512 tokens: the stock pipeline, asked for fewer, mistakes the picture's for the text's."""
     with worker(checkpoints[NAMES[0]], ParallelConfig()) as one:

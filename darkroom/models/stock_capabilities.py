@@ -1,0 +1,135 @@
+"""What a pipeline without a family file can do: read from its source, its model_index.json and its configs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.request import Task
+
+from .base import Component
+from .stock import Source, find_class
+
+_AURA_FLOW = "AuraFlowTransformer2DModel"
+_GUIDED = "do_classifier_free_guidance"
+
+
+def capabilities(
+    name: str,
+    pipeline: Source,
+    index: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
+    components: Mapping[str, Component],
+) -> Capabilities:
+    call = pipeline.parameters("__call__")
+    guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
+    least, steps, most = _steps(pipeline)
+    window = _window(pipeline)
+    unit, default_size = _sizes(pipeline, configs)
+    branches = 2 if _is_guided(pipeline, index) else 1
+    spreads = {
+        "cfg": branches > 1,
+        "ring": bool(components["transformer"].plan.sequence),
+        "ulysses": bool(components["transformer"].plan.sequence),
+        "tp": bool(components["transformer"].plan.tensor),
+        "vae": components["vae"].plan.spatial is not None,
+    }
+    return Capabilities(
+        family=name,
+        tasks=_tasks(pipeline),
+        max_images=int("image" in call),
+        **_picture_limits(pipeline),
+        size_multiple=unit,
+        min_edge=unit,
+        max_edge=_max_edge(configs["transformer"], unit),
+        max_pixels=4 * math.prod(default_size),
+        default_size=default_size,
+        num_inference_steps=steps,
+        min_inference_steps=least,
+        max_inference_steps=most,
+        quality_steps={
+            name: max(least, math.ceil(steps * share)) for name, share in (("low", 0.4), ("medium", 0.7), ("high", 1.0))
+        },
+        guidance_parameter=guidance,
+        guidance_scale=call.get(guidance) or 1.0,
+        max_guidance=100.0 if guidance in call else 1.0,
+        embedded_guidance=call.get("guidance_scale") if guidance == "true_cfg_scale" else None,
+        negative_prompt=call.get("negative_prompt") or "",
+        takes_negative_prompt="negative_prompt" in call,
+        max_sequence_length=call.get("max_sequence_length") or window,
+        text_window=window,
+        guidance_branches=branches,
+        previews=False,
+        axes=tuple(axis for axis, has_plan in spreads.items() if has_plan),
+    )
+
+
+def _tasks(pipeline: Source) -> tuple[Task, ...]:
+    call = pipeline.parameters("__call__")
+    if "image" not in call:
+        return ("text-to-image",)
+    if "mask_image" in call:
+        return ("inpaint",)
+    if "strength" in call:
+        return ("image-to-image",)
+    return ("text-to-image", "edit") if pipeline.is_optional("__call__", "image") else ("edit",)
+
+
+def _steps(pipeline: Source) -> tuple[int, int, int]:
+    """The fewest, those by default and the most. Where inputs are checked for one number it is all three: Sana-Sprint's
+    two."""
+    if fixed := re.search(r"num_inference_steps != (\d+)", pipeline.code("check_inputs")):
+        return (int(fixed[1]),) * 3
+    steps = pipeline.parameters("__call__")["num_inference_steps"] or 50
+    return 1, steps, max(200, steps)
+
+
+def _window(pipeline: Source) -> int:
+    """The most tokens of text: the bound that the inputs are checked against, or else the default."""
+    bound = re.search(r"max_sequence_length > (\d+)", pipeline.code("check_inputs"))
+    return int(bound[1]) if bound else pipeline.parameters("__call__").get("max_sequence_length") or 512
+
+
+def _sizes(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, tuple[int, int]]:
+    """What edges are multiples of; and the default (width, height)."""
+    transformer, vae, call = configs["transformer"], configs["vae"], pipeline.parameters("__call__")
+    stages = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0] * 4
+    scale = 2 ** (len(stages) - 1)
+    patch = transformer.get("patch_size", 1)
+    patch = max(patch[-1] if isinstance(patch, list) else patch, 2 if "// 2" in _packing(pipeline) else 1)
+    checked = re.findall(r"(?:height|width) % (\d+)", pipeline.code("check_inputs"))
+    edge = (pipeline.constant("default_sample_size") or transformer.get("sample_size") or 128) * scale
+    return math.lcm(scale * patch, *map(int, checked)), (call["width"] or edge, call["height"] or edge)
+
+
+def _picture_limits(pipeline: Source) -> dict[str, Any]:
+    """What FLUX.2's pipelines ask of pictures. The others scale what they get."""
+    processor = find_class("Flux2ImageProcessor", "pipelines")
+    if processor is None or "Flux2ImageProcessor(" not in pipeline.code("__init__"):
+        return {}
+    limits = processor.parameters("check_image_input")
+    return {"min_image_edge": limits["min_side_length"], "max_aspect_ratio": limits["max_aspect_ratio"]}
+
+
+def _max_edge(transformer: Mapping[str, Any], unit: int) -> int | None:
+    """As far as its table of positions reaches. AuraFlow's says how many there are in all, the others' on an edge."""
+    if (tokens := transformer.get("pos_embed_max_size")) is None:
+        return None
+    return unit * (math.isqrt(tokens) if transformer.get("_class_name") == _AURA_FLOW else tokens)
+
+
+def _packing(pipeline: Source) -> str:
+    """The method that puts two by two latents together to a token; "" where the pipeline has none."""
+    return pipeline.code("_pack_latents") + pipeline.code("_patchify_latents")
+
+
+def _is_guided(pipeline: Source, index: Mapping[str, Any]) -> bool:
+    """Whether each step has two guidance branches: one call of the transformer after another, or one doubled batch."""
+    code, call = pipeline.code("__call__"), pipeline.parameters("__call__")
+    if any(index.get(flag) for flag in re.findall(r"not self\.config\.(\w+)", pipeline.code(_GUIDED))):
+        return False  # a checkpoint that is distilled to do without, says so
+    has_both = code.count("self.transformer(") == 2 or re.search(r"\[latents\] \* 2|\[latents, latents\]", code)
+    return bool(has_both) and bool({"guidance_scale", "true_cfg_scale"} & set(call))

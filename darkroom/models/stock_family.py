@@ -1,0 +1,120 @@
+"""The family of a pipeline without a file of its own: derived from diffusers' sources and a checkpoint's configs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from darkroom.configs.errors import ConfigError
+from darkroom.parallel.plan import Plan
+
+from . import autoencoder_kl
+from .any_diffusers import AnyDiffusers
+from .base import Component, Model
+from .json_file import read_json
+from .stock import Source, find_class
+from .stock_capabilities import capabilities
+from .stock_plans import sequence_plan, tensor_plan
+from .text_encoders import BY_CLASS
+
+_NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
+_VIDEO = {"num_frames", "frames", "video_length", "video"}
+_CONTROLS = {"control_image", "control_guidance_start", "controlnet_conditioning_scale"}
+_PICTURE = re.compile(r"image|mask|font")
+_TEXT_MASK = re.compile(r"(attention|embeds)_mask")
+_PICTURES = {
+    "image",
+    "mask_image",
+    *("num_images_per_prompt", "padding_mask_crop", "masked_image_latents", "image_reference"),
+    *("ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds"),
+    *("input_images", "max_input_image_size", "use_input_image_size_as_output"),
+    *("prior_token_image_ids", "source_image_grid_thw"),
+}
+"""Parameters of pictures: the two that are filled, and those that a call does without."""
+_VAE_PLANS = {"AutoencoderKL": autoencoder_kl.VAE.plan, "AutoencoderKLFlux2": autoencoder_kl.VAE.plan}
+
+
+def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
+    """The family of a checkpoint whose model_index.json names the pipeline `name`. Raises ConfigError with why not."""
+    pipeline = find_class(name, "pipelines")
+    if pipeline is None:
+        raise ConfigError("it is no pipeline of diffusers")
+    if trouble := _refusal(pipeline):
+        raise ConfigError(trouble)
+    configs = {part: _config(folder / part) for part in ("transformer", "vae")}
+    components = _components(pipeline, index, folder)
+    attributes = {
+        "pipelines": (name,),
+        "components": components,
+        "capabilities": capabilities(name, pipeline, index, configs, components),
+        "parameters": frozenset(pipeline.parameters("__call__")),
+    }
+    return type(name.removesuffix("Pipeline"), (AnyDiffusers,), attributes)
+
+
+def _refusal(pipeline: Source) -> str | None:
+    parts, call = pipeline.parameters("__init__"), pipeline.parameters("__call__")
+    code = pipeline.code("__call__")
+    if missing := [part for part in ("transformer", "vae", "scheduler") if part not in parts]:
+        return f"it has no {' and no '.join(missing)}"
+    if missing := [parameter for parameter in _NEEDED if parameter not in call]:
+        return f"its call takes no {' and no '.join(missing)}"
+    if _VIDEO & set(call) or ".frames" in code or "(frames=" in code:
+        return "it makes videos"
+    if not re.search(r"return \w+\(\s*images?=", code):
+        return "it does not return pictures"
+    if missing := sorted(_CONTROLS & set(call)):
+        return f"it draws by a '{missing[0]}', which no request brings"
+    strange = [name for name in call if _PICTURE.search(name) and not _TEXT_MASK.search(name)]
+    if missing := sorted(set(strange) - _PICTURES):
+        return f"its call takes '{missing[0]}', and it is not known what it does without"
+    if not {"callback_on_step_end", "callback"} & set(call):
+        return "its call takes no callback after a step"
+    if "self.progress_bar(total=" not in code:
+        return "its loop keeps no progress bar, which is how steps are told apart"
+    return None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json", "the checkpoint is incomplete")
+
+
+def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dict[str, Component]:
+    """All parts with weights: those whose folder says which class it is."""
+    components = {}
+    for part, (library, name) in ((part, x) for part, x in index.items() if isinstance(x, list) and all(x)):
+        if library not in ("diffusers", "transformers"):
+            raise ConfigError(f"model_index.json takes '{part}' from {library}: only diffusers' and transformers' run")
+        if not (folder / part / "config.json").is_file():
+            continue
+        if name in BY_CLASS and pipeline.only_calls(part):
+            components[part] = _without_unread(BY_CLASS[name], pipeline, _config(folder / part))
+            continue
+        plan = _plan(part, name, folder)
+        components[part] = Component(
+            module="diffusers.models" if library == "diffusers" else library,
+            name=name,
+            plan=plan,
+            ranks="tp" if plan.tensor else "all",
+        )
+    return components
+
+
+def _without_unread(encoder: Component, pipeline: Source, config: Mapping[str, Any]) -> Component:
+    """Without the last layers of which nobody reads what they make, where the pipeline names the layers that it reads:
+    hidden state n is what layer n, counted from zero, is given."""
+    read = pipeline.parameters("__call__").get("text_encoder_out_layers")
+    unread = config.get("num_hidden_layers", 0) - max(read) if read else 0
+    return replace(encoder, unread="layers", unread_layers=unread) if unread > 0 else encoder
+
+
+def _plan(part: str, name: str, folder: Path) -> Plan:
+    if part == "vae":
+        return _VAE_PLANS.get(name, Plan())
+    source = find_class(name, "models/transformers") if part == "transformer" else None
+    if source is None:
+        return Plan()
+    return Plan(tensor=tensor_plan(source, _config(folder / part)), even_heads=True, sequence=sequence_plan(source))
