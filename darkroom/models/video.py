@@ -29,6 +29,9 @@ class VideoSample(Sample):
     first_frame: torch.Tensor | None = None
     """The latents [1, C, 1, h, w] of a picture that the video begins with: no step changes them."""
 
+    def __post_init__(self) -> None:
+        self.latents = self.begin_with_picture(self.latents)
+
     def begin_with_picture(self, latents: torch.Tensor) -> torch.Tensor:
         """[1, C, f, h, w], of which the first frame is the picture, if there is one."""
         import torch

@@ -26,7 +26,7 @@ from darkroom.parallel.plan import (
 )
 
 from .base import Component, Sample
-from .experts import ExpertsModel, ExpertsSample, transformer_config
+from .experts import TRANSFORMERS, high_noise_steps, transformer_config, transformers
 from .text_encoders import UMT5
 from .video import VAE, VideoModel, VideoSample
 
@@ -68,13 +68,24 @@ TRANSFORMER = Component(
 
 
 @dataclass(kw_only=True)
-class WanSample(VideoSample, ExpertsSample):
+class WanSample(VideoSample):
+    high_noise_steps: int
     beside: torch.Tensor | None = None
     """Channels [1, 4 + C, f, h, w] that the transformer sees behind the video's: which frame is a picture, and its
     latents."""
 
+    @property
+    def is_high_noise(self) -> bool:
+        return self.step < self.high_noise_steps
 
-class Wan(VideoModel, ExpertsModel):
+    def with_channels(self) -> torch.Tensor:
+        """What the transformer sees: [1, C or 4 + 2 C, f, h, w]"""
+        import torch
+
+        return self.latents if self.beside is None else torch.cat([self.latents, self.beside], 1)
+
+
+class Wan(VideoModel):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     capabilities = Capabilities(
         family="Wan",
@@ -98,8 +109,7 @@ class Wan(VideoModel, ExpertsModel):
         axes=("cfg", "ring", "ulysses", "tp", "vae"),
     )
     components: ClassVar = {
-        "transformer": TRANSFORMER,
-        "transformer_2": TRANSFORMER,
+        **dict.fromkeys(TRANSFORMERS, TRANSFORMER),
         "text_encoder": UMT5,
         "vae": VAE,
     }
@@ -107,6 +117,7 @@ class Wan(VideoModel, ExpertsModel):
         (("scheduler/scheduler_config.json",),),
         (("tokenizer/tokenizer.json",), ("tokenizer/spiece.model",)),
     )
+    optional: ClassVar[tuple[str, ...]] = TRANSFORMERS
 
     @classmethod
     def describe(cls, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -136,35 +147,34 @@ class Wan(VideoModel, ExpertsModel):
         latents = self.noise(request)
         begins = request.images and self.pipe.config.expand_timesteps
         first_frame = self.encode_video(self.picture(request)) if begins else None
-        sample = WanSample(
+        return WanSample(
             request=request,
             latents=latents,
             scheduler=scheduler,
             branches=[self.encode(prompt, request.max_sequence_length) for prompt in self.prompts(request)],
             text_tokens=min(len(self.pipe.tokenizer(request.prompt).input_ids), request.max_sequence_length),
-            image_tokens=latents[0, 0].numel() // math.prod(self.transformers[0].config.patch_size),
-            high_noise_steps=self.high_noise_steps(scheduler),
+            image_tokens=latents[0, 0].numel() // math.prod(transformers(self.pipe)[0].config.patch_size),
+            high_noise_steps=high_noise_steps(self.pipe, scheduler),
             first_frame=first_frame,
         )
-        sample.latents = sample.begin_with_picture(latents)
-        return sample
 
     def encode(self, prompt: str, max_sequence_length: int) -> dict[str, Any]:
         """Padded with zeros to the window, and never masked."""
         embeds, _ = self.pipe.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=self.device
         )
-        return {"encoder_hidden_states": embeds.to(self.dtype)}
+        return {"encoder_hidden_states": embeds.to(transformers(self.pipe)[0].dtype)}
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
         """[B, C, f, h, w]"""
         import torch
 
-        if len({(self.expert(sample), sample.request.max_sequence_length) for sample in samples}) > 1:
+        if len({(_own(sample).is_high_noise, sample.request.max_sequence_length) for sample in samples}) > 1:
             return torch.cat([self.predict([sample], branch) for sample in samples])
+        transformer = self.pipe.transformer if _own(samples[0]).is_high_noise else self.pipe.transformer_2
         branches = [sample.branches[branch] for sample in samples]
-        prediction: torch.Tensor = self.expert(samples[0])(
-            hidden_states=torch.cat([_with_channels(sample) for sample in samples]).to(self.dtype),
+        prediction: torch.Tensor = transformer(
+            hidden_states=torch.cat([_own(sample).with_channels() for sample in samples]).to(transformer.dtype),
             timestep=torch.stack([self._times(sample) for sample in samples]),
             return_dict=False,
             **{name: torch.cat([texts[name] for texts in branches]) for name in branches[0]},
@@ -173,24 +183,18 @@ class Wan(VideoModel, ExpertsModel):
 
     def _times(self, sample: Sample) -> torch.Tensor:
         """The timestep, or [S] where every token has its own: zero for those of a picture."""
-        import torch
-
         if not self.pipe.config.expand_timesteps:
             return sample.timestep
-        times = sample.timestep.float().expand(sample.image_tokens)
-        if _own(sample).first_frame is None:
-            return times
-        tokens = sample.image_tokens // sample.latents.shape[2]  # of a frame
-        return torch.cat([torch.zeros_like(times[:tokens]), times[tokens:]])
+        times = sample.timestep.float().repeat(sample.image_tokens)
+        if _own(sample).first_frame is not None:
+            times[: sample.image_tokens // sample.latents.shape[2]] = 0  # the tokens of a frame
+        return times
+
+    def guidance_scale(self, sample: Sample) -> float:
+        low_noise = sample.request.guidance_scale_2
+        return sample.request.guidance_scale if low_noise is None or _own(sample).is_high_noise else low_noise
 
 
 def _own(sample: Sample) -> WanSample:
     assert isinstance(sample, WanSample)
     return sample
-
-
-def _with_channels(sample: Sample) -> torch.Tensor:
-    import torch
-
-    beside = _own(sample).beside
-    return sample.latents if beside is None else torch.cat([sample.latents, beside], 1)

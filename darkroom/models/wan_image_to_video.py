@@ -16,6 +16,7 @@ from darkroom.configs.errors import ConfigError
 from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
 
+from .experts import transformers
 from .text_encoders import CLIP_VISION, processor_files
 from .wan import Wan, WanSample
 
@@ -80,13 +81,13 @@ class WanImageToVideo(Wan):
 
     @property
     def _reads_pictures(self) -> bool:
-        return self.transformers[0].config.image_dim is not None
+        return transformers(self.pipe)[0].config.image_dim is not None
 
     def _see(self, request: Request) -> torch.Tensor:
         """What CLIP makes of the picture, whatever the video's size. [1, T, width]"""
         picture = load_picture(request.images[0]).convert("RGB")
         embeds: torch.Tensor = self.pipe.encode_image(picture, self.device)
-        return embeds.to(self.dtype)
+        return embeds.to(transformers(self.pipe)[0].dtype)
 
     def _beside(self, request: Request) -> torch.Tensor:
         """A mask of the picture's frame, and the latents of a video of it and grey [1, 4 + C, f, h, w].

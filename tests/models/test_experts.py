@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 from diffusers import WanPipeline
 
 from darkroom.configs import ParallelConfig
 from darkroom.models.checkpoint import Checkpoint
+from darkroom.models.wan import WanSample
 from tests import tiny
 from tests.golden import TOLERANCE, difference, from_stock, generate, stock_pipeline, worker
 from tests.ranks import run_ranks
@@ -19,13 +19,9 @@ from tests.subjects import run_wan, video
 def test_guidance_of_one_strength_is_seen(checkpoints: dict[str, Path]) -> None:
     stock = stock_pipeline(WanPipeline, checkpoints["wan_2_2"])
     wanted = video(guidance_scale_2=2.5)
-    with worker(checkpoints["wan_2_2"], ParallelConfig()) as one, patch("darkroom.models.experts.is_high_noise", first):
+    with worker(checkpoints["wan_2_2"], ParallelConfig()) as one, patch.object(WanSample, "is_high_noise", True):
         [(latents, _)] = generate(one, [wanted]).values()
     assert float((latents - run_wan(stock, wanted, "latent")).abs().max()) > 10 * TOLERANCE
-
-
-def first(_sample: Any) -> bool:
-    return True
 
 
 def test_a_batch_over_both_transformers_is_each_alone(checkpoints: dict[str, Path]) -> None:
