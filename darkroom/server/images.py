@@ -104,6 +104,7 @@ async def _draw(http: HttpRequest, context: Context, asked: ImageRequest, sent: 
     """
     check_model(asked.model, context)
     asked.check(context.capabilities, sent)
+    _check_number(asked.n, context.limits)
     asked = seeded(asked, idempotency_key(http))
     if sent.images:
         pictures = await take(sent, context.fetcher, context.limits)
@@ -128,11 +129,15 @@ async def _draw(http: HttpRequest, context: Context, asked: ImageRequest, sent: 
     return await answer(made, look, Shelf(http, context.files) if asked.response_format == "url" else None)
 
 
-def _check_room(n: int, num_bytes: int, limits: Limits) -> None:
+def _check_number(n: int, limits: Limits) -> None:
     """Raises `RequestError` for what not even an empty queue takes: to be told to try again later would be untrue."""
     if n > limits.max_queue:
         message = f"'n' is {n}, and at most {limits.max_queue} pictures can wait here at a time."
         raise RequestError(message, param="n", code="integer_above_max_value")
+
+
+def _check_room(n: int, num_bytes: int, limits: Limits) -> None:
+    """As `_check_number`, of the pictures' bytes."""
     if n > 1 and n * num_bytes > limits.max_queue_mb << 20:
         message = f"The pictures that were sent, {n} times, are more than the {limits.max_queue_mb} MiB that can wait."
         raise RequestError(message, param="n", code="integer_above_max_value")

@@ -263,7 +263,12 @@ def test_what_is_fetched_is_no_more_than_may_be_sent() -> None:
 
 def test_what_cannot_be_for_this_model_is_refused_before_anything_is_fetched(_server: Server) -> None:
     with (
-        serving(_server.engine, capabilities=CAPABILITIES.override(EDIT), allow_remote_media=["localhost"]) as server,
+        serving(
+            _server.engine,
+            capabilities=CAPABILITIES.override(EDIT),
+            limits=Limits(max_queue=4),
+            allow_remote_media=["localhost"],
+        ) as server,
         httpx.Client(base_url=server.url, timeout=10) as http,
     ):
         remote = {"image_url": "https://localhost/a.png"}  # which the fetcher would refuse
@@ -273,7 +278,8 @@ def test_what_cannot_be_for_this_model_is_refused_before_anything_is_fetched(_se
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
         refusal(http.post(EDITS, json={**body, "images": [remote] * 5}), "image")
         refusal(http.post(EDITS, json={**body, "mask": remote}), "mask")
-        refusal(http.post(EDITS, json={**body, "n": 99}), "n", "integer_above_max_value")
+        for n in (5, 99):  # more than can wait, and more than may be asked for
+            refusal(http.post(EDITS, json={**body, "n": n}), "n", "integer_above_max_value")
         form = [("url", (None, remote["image_url"]))] * 120
         refusal(http.post(EDITS, files=form), "prompt", MISSING)
         refusal(http.post(EDITS, files=[*form, ("prompt", (None, "x"))]), "image")
