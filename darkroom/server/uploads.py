@@ -28,6 +28,8 @@ _MAX_URL = 20 * 1024 * 1024
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
     images: tuple[bytes, ...] = ()
+    names: tuple[str, ...] = ()
+    """The field that each was sent in."""
     mask: bytes | None = None
 
 
@@ -45,6 +47,10 @@ class Sent:
 
     images: tuple[Source, ...] = ()
     mask: Source | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(image.param for image in self.images)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -74,7 +80,8 @@ def from_form(form: Form) -> Sent:
     if not images:
         raise RequestError("Missing required parameter: 'image'.", param="image", code="missing_required_parameter")
     if len(images) > MOST_IMAGES:
-        raise RequestError(f"{len(images)} pictures were sent; a request has at most {MOST_IMAGES}.", param="image")
+        message = f"{len(images)} pictures were sent; a request has at most {MOST_IMAGES}."
+        raise RequestError(message, param=images[MOST_IMAGES].param)
     if len(masks) > 1:
         raise RequestError("'mask' is sent more than once: it belongs to the first picture.", param="mask")
     return Sent(tuple(images), Source("mask", masks.pop()) if masks else None)
@@ -140,7 +147,8 @@ async def _fetch(fetcher: Fetcher, sent: Sent, most: int) -> dict[str, bytes]:
 
 def _read(sent: Sent, fetched: Mapping[str, bytes], limits: Limits) -> Pictures:
     images = tuple(_checked(source, fetched, limits) for source in sent.images)
-    return Pictures(images=images, mask=_checked(sent.mask, fetched, limits) if sent.mask else None)
+    mask = _checked(sent.mask, fetched, limits) if sent.mask else None
+    return Pictures(images=images, names=sent.names, mask=mask)
 
 
 def _checked(source: Source, fetched: Mapping[str, bytes], limits: Limits) -> bytes:

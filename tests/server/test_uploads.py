@@ -180,7 +180,7 @@ def test_nothing_is_fetched_from_elsewhere(edit, engine, url):
         ({"images": None}, "images", MISSING),
         ({"images": []}, "images", INVALID),
         ({"images": [GOOD] * 17}, "images", INVALID),
-        ({"images": [GOOD] * 5}, "image", INVALID),
+        ({"images": [GOOD] * 5}, "images", INVALID),
         ({"images": GOOD}, "images", "invalid_type"),
         ({"images": ["x"]}, "images", "invalid_type"),
         ({"images": [{}]}, "images", MISSING),
@@ -217,6 +217,18 @@ def test_data_urls_in_a_form(edit, engine):
     assert engine.requests[0].request.images == (PICTURE, large)
     for broken in ("data:image/png;base64,\u00e9", "data:image/png;base64,A", "data:,x"):
         refusal(edit.post(EDITS, data={"prompt": "x", "url": broken}, files={"user": (None, "x")}), "url")
+
+
+def test_a_picture_of_a_bad_shape_is_named_as_it_was_sent(edit, engine):
+    thin = png(3, 900)
+    files = {"image": PICTURE, "url": (None, data_url(thin))}
+    for param, request in {
+        "image": {"data": {"prompt": "x"}, "files": {"image": thin}},
+        "url": {"data": {"prompt": "x"}, "files": files},
+        "images": {"json": {"prompt": "x", "images": [GOOD, {"image_url": data_url(thin)}]}},
+    }.items():
+        assert refusal(edit.post(EDITS, **request), param).startswith(f"'{param}' has 3x900 pixels; ")
+    assert engine.requests == []
 
 
 class Hosts(Fetcher):
@@ -276,13 +288,13 @@ def test_what_cannot_be_for_this_model_is_refused_before_anything_is_fetched(_se
         assert "not public" in refusal(http.post(EDITS, json=body), "images")
         response = http.post(EDITS, json={**body, "model": "nope"})
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
-        refusal(http.post(EDITS, json={**body, "images": [remote] * 5}), "image")
+        refusal(http.post(EDITS, json={**body, "images": [remote] * 5}), "images")
         refusal(http.post(EDITS, json={**body, "mask": remote}), "mask")
         for n in (5, 99):  # more than can wait, and more than may be asked for
             refusal(http.post(EDITS, json={**body, "n": n}), "n", "integer_above_max_value")
         form = [("url", (None, remote["image_url"]))] * 120
         refusal(http.post(EDITS, files=form), "prompt", MISSING)
-        refusal(http.post(EDITS, files=[*form, ("prompt", (None, "x"))]), "image")
+        refusal(http.post(EDITS, files=[*form, ("prompt", (None, "x"))]), "url")
         refusal(http.post(VARIATIONS, files=form[:1]), "model")
 
 
