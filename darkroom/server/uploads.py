@@ -16,7 +16,7 @@ from darkroom.configs.pictures import picture_size
 
 from .body import validate
 from .errors import ApiError
-from .fetch import Fetcher
+from .fetch import SHARE, Fetcher
 from .form import Form
 
 FILES = ("image", "url", "mask", "mask_image", "markup")
@@ -122,16 +122,17 @@ async def take(sent: Sent, fetcher: Fetcher, limits: Limits) -> Pictures:
 
 
 async def _fetch(fetcher: Fetcher, sent: Sent, most: int) -> dict[str, bytes]:
-    """By their URLs what lies elsewhere: all at once, and `most` bytes together. None, if the operator allows none."""
+    """By their URLs what lies elsewhere: `most` bytes together, a few at a time. None, if the operator allows none."""
     if not fetcher.hosts:
         return {}
     urls = [(one.content, one.param) for one in sent.sources if isinstance(one.content, str)]
     remote = {url: param for url, param in urls if not is_data(url)}
-    left = most
+    left, places = most, asyncio.Semaphore(SHARE)
 
     async def fetch(url: str, param: str) -> bytes:
         nonlocal left
-        data = await fetcher.fetch_picture(url, param=param)
+        async with places:
+            data = await fetcher.fetch_picture(url, param=param)
         left -= len(data)
         if left < 0:
             raise ApiError(413, f"The pictures are larger than {most} bytes.", param=param, code="request_too_large")

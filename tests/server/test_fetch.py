@@ -19,8 +19,11 @@ import httpx
 import pytest
 import trustme
 
+from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
+from darkroom.server.errors import ApiError
 from darkroom.server.fetch import Fetcher, is_public
+from darkroom.server.uploads import Pictures, Sent, Source, take
 from tests.golden import picture_file
 
 from .conftest import CAPABILITIES, EDIT, Server, serving
@@ -46,6 +49,9 @@ class Handler(BaseHTTPRequestHandler):
                 pass
         elif name == "slow":
             time.sleep(3)
+        elif name == "late":
+            time.sleep(0.5)
+            self.answer(200, GOOD)
         elif name == "drip":
             self.send_response(200)
             self.end_headers()
@@ -222,6 +228,36 @@ def test_what_an_allowed_host_cannot_do(world: World, path: str, options: Any, w
     with pytest.raises(RequestError, match=words) as caught:
         world.fetch(path, **options)
     assert caught.value.param == "image_url" and time.monotonic() - start < 10
+
+
+def test_a_pictures_time_begins_when_it_is_fetched(world: World) -> None:
+    """Of the pictures of one request the last ones wait for the first, and no other request for all of them."""
+
+    async def run() -> tuple[Pictures, bytes, int]:
+        fetcher, url = world.fetcher(seconds=1.5), f"https://good.test:{world.port}/late"
+        sent = Sent(tuple(Source("images", f"{url}?{i}") for i in range(16)))  # together they take longer than that
+        taking = asyncio.create_task(take(sent, fetcher, Limits()))
+        await asyncio.sleep(0.1)
+        other = await fetcher.fetch_picture(url)
+        begun = len(world.server.seen)
+        return await taking, other, begun
+
+    pictures, other, begun = asyncio.run(run())
+    assert pictures.images == (GOOD,) * 16 and other == GOOD and begun < 16
+
+
+def test_who_finds_no_place_is_told_to_come_again(world: World) -> None:
+    async def run() -> list[object]:
+        fetcher, url, tasks = world.fetcher(seconds=1.0), f"https://good.test:{world.port}/slow", []
+        for pause, number in ((0.0, 8), (0.2, 8), (0.2, 1)):  # all places; those next in line; and one more
+            await asyncio.sleep(pause)
+            tasks += [asyncio.create_task(fetcher.fetch_picture(url)) for _ in range(number)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    *fetched, last = asyncio.run(run())
+    assert all(isinstance(error, RequestError) and "within 1 seconds" in str(error) for error in fetched)
+    assert isinstance(last, ApiError) and "Too many pictures are being fetched" in str(last)
+    assert (last.status, last.headers) == (429, {"Retry-After": "1"})
 
 
 def test_off_unless_hosts_are_named() -> None:
