@@ -117,7 +117,7 @@ class Limits(QueueLimits):
 
     max_upload_mb: int = Field(128, ge=1, le=2048, description="MiB of a request with pictures")
     max_uploads_mb: int = Field(  # 2 MiB are what a request without pictures may have
-        1024, ge=2, description="MiB of requests that are being read at a time; the next one is answered 429"
+        1024, ge=2, description="MiB of requests that are being taken in at a time; the next one is answered 429"
     )
     max_image_mb: int = Field(50, ge=1, le=2048, description="MiB of one picture that is sent in")
     max_image_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS, description="pixels of one, by its header")

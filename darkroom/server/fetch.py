@@ -30,7 +30,7 @@ _MOST_REDIRECTS = 3
 _SECONDS = 20.0
 """For all of one picture: names, redirects and bytes. As long it may wait before for a place among those fetched."""
 _AT_ONCE = 8
-SHARE = _AT_ONCE // 2
+PLACES_OF_ONE = _AT_ONCE // 2
 """How many of one request are to be fetched at a time, so that no request keeps all others waiting."""
 
 _NEVER = [

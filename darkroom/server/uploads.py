@@ -14,9 +14,9 @@ from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
 from darkroom.configs.pictures import picture_size
 
-from .body import validate
+from .body import Share, validate
 from .errors import ApiError
-from .fetch import SHARE, Fetcher
+from .fetch import PLACES_OF_ONE, Fetcher
 from .form import Form
 
 FILES = ("image", "url", "mask", "mask_image", "markup")
@@ -115,27 +115,30 @@ def is_data(url: str) -> bool:
     return url[:5].lower() == "data:"
 
 
-async def take(sent: Sent, fetcher: Fetcher, limits: Limits) -> Pictures:
+async def take(sent: Sent, fetcher: Fetcher, limits: Limits, share: Share) -> Pictures:
     """The files that were sent, wherever they lie. Raises `RequestError` or `ApiError`."""
-    fetched = await _fetch(fetcher, sent, limits.max_upload_mb << 20)
+    fetched = await _fetch(fetcher, sent, limits.max_upload_mb << 20, share)
     return await asyncio.to_thread(_read, sent, fetched, limits)
 
 
-async def _fetch(fetcher: Fetcher, sent: Sent, most: int) -> dict[str, bytes]:
-    """By their URLs what lies elsewhere: `most` bytes together, a few at a time. None, if the operator allows none."""
+async def _fetch(fetcher: Fetcher, sent: Sent, most: int, share: Share) -> dict[str, bytes]:
+    """By their URLs what lies elsewhere, a few at a time; with the body at most `most` bytes.
+
+    None, if the operator allows none.
+    """
     if not fetcher.hosts:
         return {}
     urls = [(one.content, one.param) for one in sent.sources if isinstance(one.content, str)]
     remote = {url: param for url, param in urls if not is_data(url)}
-    left, places = most, asyncio.Semaphore(SHARE)
+    places = asyncio.Semaphore(PLACES_OF_ONE)
 
     async def fetch(url: str, param: str) -> bytes:
-        nonlocal left
         async with places:
             data = await fetcher.fetch_picture(url, param=param)
-        left -= len(data)
-        if left < 0:
-            raise ApiError(413, f"The pictures are larger than {most} bytes.", param=param, code="request_too_large")
+        if share.held + len(data) > most:
+            message = f"The body and its pictures from elsewhere are larger than {most} bytes."
+            raise ApiError(413, message, param=param, code="request_too_large")
+        share.add(len(data))
         return data
 
     try:

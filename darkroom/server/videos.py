@@ -15,7 +15,7 @@ from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
 
 from . import document
-from .body import JSON_WITH_PICTURES, media_type, read_json, validate
+from .body import JSON_WITH_PICTURES, media_type, read_json, share_of, validate
 from .body import unsupported as unsupported_type
 from .context import Shared
 from .errors import ApiError
@@ -131,7 +131,8 @@ async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Vi
     check_model(asked.model, context)
     sent = _sent(asked.input_reference if file is None else file)
     check_task(context.capabilities, has_picture=bool(sent.images))
-    picture = next(iter((await take(sent, context.fetcher, context.limits)).images), None)
+    pictures = await take(sent, context.fetcher, context.limits, share_of(http))
+    picture = next(iter(pictures.images), None)
     made = asked.resolve(context.capabilities, picture)
     if picture is not None:
         await context.decoder.check_whole(picture, REFERENCE)

@@ -91,7 +91,7 @@ def test_many_bodies_at_once_are_not_read_into_memory(engine):
         context = server.app.state.context
         assert wait_until(lambda: context.inflow.held == 2_000_000)
         response = httpx.post(server.url + PATH, content=b" " * 200_000, headers=JSON)
-        assert "being read already" in refusal(response, 429, "rate_limit_exceeded")
+        assert "being taken in already" in refusal(response, 429, "rate_limit_exceeded")
         assert response.headers["retry-after"] == "5"
         slow[0].close()
         assert wait_until(lambda: context.inflow.held == 1_000_000)

@@ -5,8 +5,10 @@ import base64
 import io
 import json
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import av
 import httpx
 import openai
+import psutil
 import pytest
 from PIL import Image
 
@@ -669,6 +672,18 @@ def test_the_operators_limits_are_of_this_picture_too(tmp_path):
         assert "3008" in message
         for body in ({"json": {"prompt": "x" * (1 << 20)}}, {"data": {"prompt": "x"}, "files": {"a": bytes(1 << 20)}}):
             refused(http.post(PATH, **body), 413, code="request_too_large")
+
+
+def test_a_request_counts_while_its_picture_is_decoded(http, server):
+    file = picture(size=(8192, 8192))  # takes a second or so
+    inflow = server.app.state.context.inflow
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, PATH, data={"prompt": "x"}, files={"input_reference": file}, timeout=60)
+        decoding = [sys.executable, "-P", "-m", "darkroom.server.decoder"]
+        assert wait_until(lambda: any(child.cmdline() == decoding for child in psutil.Process().children()), 10)
+        assert inflow.held > len(file)
+        assert answer.result().status_code == 200
+    assert wait_until(lambda: inflow.held == 0)
 
 
 def test_content_types(http):
