@@ -101,16 +101,20 @@ class Capabilities(BaseModel):
             )
         return int(match[1]), int(match[2])
 
-    def resolve(self, prompt: str, params: SamplingParams) -> Request:
-        """Fill in the model's defaults and check every value. Raises `RequestError`; nothing is ever clamped."""
-        task = self.task(len(params.images), has_mask=params.mask is not None)
-        sizes = [picture_size(image, "image") for image in params.images]
+    def resolve(self, prompt: str, params: SamplingParams, *, image_names: Sequence[str] | None = None) -> Request:
+        """Fill in the model's defaults and check every value. Raises `RequestError`; nothing is ever clamped.
+
+        `image_names` are the fields that the pictures were sent in, where these are not called `image`.
+        """
+        names = ["image"] * len(params.images) if image_names is None else image_names
+        task = self.task(names, has_mask=params.mask is not None)
+        sizes = [picture_size(image, name) for image, name in zip(params.images, names, strict=True)]
         if params.mask is not None:
             _check_mask(picture_size(params.mask, "mask"), sizes[0])
         width, height = self._size(task, params, sizes)
         self._check_prompt(prompt)
         self._check_negative_prompt(params.negative_prompt)
-        self._check_shapes(sizes)
+        self._check_shapes(sizes, names)
         self._check_size(width, height)
         request = Request(
             task=task,
@@ -138,11 +142,12 @@ class Capabilities(BaseModel):
             )
         return request
 
-    def task(self, images: int, *, has_mask: bool) -> Task:
-        """What so many pictures ask for, with or without a mask. Raises `RequestError` where the model cannot."""
-        if images > self.max_images:
+    def task(self, images: Sequence[str], *, has_mask: bool) -> Task:
+        """What pictures in these fields ask for, with a mask or without. Raises `RequestError` if the model cannot."""
+        if len(images) > self.max_images:
             takes = f"at most {self.max_images}" if self.max_images else "none"
-            raise RequestError(f"{images} pictures were sent; {self.family} takes {takes}.", param="image")
+            message = f"{len(images)} pictures were sent; {self.family} takes {takes}."
+            raise RequestError(message, param=images[self.max_images])
         if not images:
             if has_mask:
                 raise RequestError("'mask' needs an 'image' that it is laid over.", param="mask")
@@ -237,19 +242,19 @@ class Capabilities(BaseModel):
         if prompt and prompt.strip() and not self.takes_negative_prompt:
             raise RequestError(f"{self.family} takes no negative prompt.", param="negative_prompt")
 
-    def _check_shapes(self, sizes: Sequence[tuple[int, int]]) -> None:
-        for size in sizes:
+    def _check_shapes(self, sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> None:
+        for size, name in zip(sizes, names, strict=True):
             if min(size) < self.min_image_edge:
                 raise RequestError(
-                    f"'image' has {size[0]}x{size[1]} pixels; each edge must be at least {self.min_image_edge}.",
-                    param="image",
+                    f"'{name}' has {size[0]}x{size[1]} pixels; each edge must be at least {self.min_image_edge}.",
+                    param=name,
                 )
             shapes = [size, *(fit_area(size, area) for area in (self.image_area, self.condition_area))]
             if any(max(shape) > self.max_aspect_ratio * min(shape) for shape in shapes):
                 raise RequestError(
-                    f"'image' has {size[0]}x{size[1]} pixels; one edge can be at most about {self.max_aspect_ratio:g} "
+                    f"'{name}' has {size[0]}x{size[1]} pixels; one edge can be at most about {self.max_aspect_ratio:g} "
                     "times as long as the other.",
-                    param="image",
+                    param=name,
                 )
 
     def _check_size(self, width: int, height: int) -> None:

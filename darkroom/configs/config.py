@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -116,8 +116,8 @@ class Limits(QueueLimits):
     model_config = ConfigDict(frozen=True)
 
     max_upload_mb: int = Field(128, ge=1, le=2048, description="MiB of a request with pictures")
-    max_uploads_mb: int = Field(
-        1024, ge=1, description="MiB of requests that are being read at a time; the next one is answered 429"
+    max_uploads_mb: int = Field(  # 2 MiB are what a request without pictures may have
+        1024, ge=2, description="MiB of requests that are being taken in at a time; the next one is answered 429"
     )
     max_image_mb: int = Field(50, ge=1, le=2048, description="MiB of one picture that is sent in")
     max_image_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS, description="pixels of one, by its header")
@@ -125,6 +125,16 @@ class Limits(QueueLimits):
     max_field_kb: int = Field(256, ge=1, le=10_240, description="KiB of a form's field that is text")
     url_seconds: int = Field(3600, ge=1, le=604_800, description='how long a picture\'s "url" can be fetched')
     url_storage_mb: int = Field(1024, ge=1, description="MiB of pictures kept for it; the oldest go first")
+
+    @model_validator(mode="after")
+    def _any_request_has_room(self) -> Self:
+        """Else one that may be sent would be told to come again for ever."""
+        if self.max_upload_mb > self.max_uploads_mb:
+            raise ValueError(
+                f"--max-upload-mb {self.max_upload_mb} is more than --max-uploads-mb {self.max_uploads_mb}: "
+                "one request must have room among all"
+            )
+        return self
 
 
 class ServeConfig(Limits, OperationsConfig, EngineConfig, _CommandLine):

@@ -115,10 +115,13 @@ def _picture_limits(pipeline: Source) -> dict[str, Any]:
 
 
 def _max_edge(transformer: Mapping[str, Any], unit: int) -> int | None:
-    """As far as its table of positions reaches. AuraFlow's says how many there are in all, the others' on an edge."""
-    if (tokens := transformer.get("pos_embed_max_size")) is None:
+    """As far as its table of positions reaches. AuraFlow's says how many there are in all, the others' on an edge.
+    CogView4 has the number in its config and no table."""
+    tokens, name = transformer.get("pos_embed_max_size"), transformer.get("_class_name", "")
+    source = find_class(name, "models/transformers")
+    if tokens is None or source is None or "pos_embed_max_size=" not in source.code("__init__"):
         return None
-    return unit * (math.isqrt(tokens) if transformer.get("_class_name") == _AURA_FLOW else tokens)
+    return unit * (math.isqrt(tokens) if name == _AURA_FLOW else tokens)
 
 
 def _packing(pipeline: Source) -> str:

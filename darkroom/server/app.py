@@ -21,7 +21,7 @@ from darkroom.configs.operations import OperationsConfig
 
 from . import answers, images, models, videos
 from .access import AccessLog
-from .body import Inflow
+from .body import Inflow, Intake
 from .client import EngineClient, EngineError
 from .context import Context, Shared
 from .document import key_needed
@@ -117,6 +117,7 @@ def _add_layers(
     app: FastAPI, operations: OperationsConfig, keys: Keys, context: Context, observers: list[Observer]
 ) -> None:
     """From the inside outwards: refusals are told to pages of other origins too, and everything has an id."""
+    app.add_middleware(Intake, inflow=context.inflow)
     app.add_middleware(Guard, config=operations, keys=keys, drain=context.drain)
     app.add_middleware(Envelope, metrics=context.metrics)
     if operations.cors_origin:

@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from darkroom.configs.errors import RequestError
 
@@ -28,7 +29,10 @@ _BODY_SECONDS = 60.0
 """To send a body in, and a second more for each MiB that it may have."""
 
 _INFLOW_SECONDS = 5.0
-"""After which a client that came when too much was being read may come again."""
+"""After which a client that came when too much was being taken in may come again."""
+
+_KEY = "darkroom.share"
+"""Where a request's share lies in its ASGI scope."""
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -105,39 +109,70 @@ def unsupported(request: Request, expected: str) -> ApiError:
 
 
 class Inflow:
-    """The bytes of all bodies that are being read: so many slow clients cannot fill the memory."""
+    """The bytes of all requests that are being taken in: neither slow clients nor many that wait fill the memory."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.held = 0
 
+
+class Share:
+    """What one request holds of the inflow: from its first byte on until nothing here needs its bytes any longer."""
+
+    def __init__(self, inflow: Inflow) -> None:
+        self.held = 0
+        self._inflow = inflow
+
     def add(self, number: int) -> None:
         """Raises `ApiError` 429."""
+        inflow = self._inflow
         self.held += number
-        if self.held > self.most:
-            raise too_many(f"Requests of {self.most} bytes are being read already.", _INFLOW_SECONDS)
+        inflow.held += number
+        if inflow.held > inflow.most:
+            raise too_many(f"Requests of {inflow.most} bytes are being taken in already.", _INFLOW_SECONDS)
+
+    def give_back(self) -> None:
+        """When the bytes are gone, or somebody else counts them."""
+        self._inflow.held -= self.held
+        self.held = 0
+
+
+class Intake:
+    """The layer in which a request has its share, to its end at most."""
+
+    def __init__(self, app: ASGIApp, inflow: Inflow) -> None:
+        self.app = app
+        self.inflow = inflow
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        share = scope[_KEY] = Share(self.inflow)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            share.give_back()
+
+
+def share_of(http: HTTPConnection) -> Share:
+    share: Share = http.scope[_KEY]
+    return share
 
 
 async def receive(request: Request, limit: int, take: Callable[[bytes], object]) -> None:
     """Give the body to `take`, piece by piece as it comes. Raises `ApiError` beyond `limit` bytes, or its time."""
-    inflow: Inflow = request.app.state.context.inflow
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
-    received, seconds = 0, _BODY_SECONDS + limit / 2**20
+    share, seconds = share_of(request), _BODY_SECONDS + limit / 2**20
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                received += len(chunk)
-                inflow.add(len(chunk))
-                if received > limit:
+                if share.held + len(chunk) > limit:
                     raise too_large
+                share.add(len(chunk))
                 if chunk:
                     take(chunk)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {seconds:g} seconds.") from None
-    finally:
-        inflow.held -= received
 
 
 def _request_error(error: ErrorDetails) -> RequestError:

@@ -10,13 +10,16 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 
 import httpx2
 
 from darkroom.configs.errors import RequestError
+
+from .errors import too_many
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -25,8 +28,10 @@ Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 _MOST_BYTES = 20 * 1024 * 1024
 _MOST_REDIRECTS = 3
 _SECONDS = 20.0
-"""For all of one picture: names, redirects and bytes."""
+"""For all of one picture: names, redirects and bytes. As long it may wait before for a place among those fetched."""
 _AT_ONCE = 8
+PLACES_OF_ONE = _AT_ONCE // 2
+"""How many of one request are to be fetched at a time, so that no request keeps all others waiting."""
 
 _NEVER = [
     ipaddress.ip_network(text)
@@ -69,9 +74,28 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(_AT_ONCE, "names")  # a slow name server keeps only its own threads waiting
 
     async def fetch_picture(self, url: str, *, param: str = "image_url") -> bytes:
-        """The bytes at `url`, whatever they are. Raises `RequestError`, which says nothing of what answered."""
+        """The bytes at `url`, whatever they are. Raises `RequestError`, which says nothing of what answered.
+
+        Raises `ApiError` 429 where too many are being fetched.
+        """
+        async with self._place():
+            return await self._fetch(url, param)
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(self.seconds), self._places:
+            async with asyncio.timeout(self.seconds):
+                await self._places.acquire()
+        except TimeoutError:
+            raise too_many("Too many pictures are being fetched from other hosts.", self.seconds) from None
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    async def _fetch(self, url: str, param: str) -> bytes:
+        try:
+            async with asyncio.timeout(self.seconds):
                 return await self._follow(url)
         except _Refused as e:
             raise RequestError(f"'{param}' {e}", param=param) from None

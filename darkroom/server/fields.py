@@ -44,7 +44,7 @@ class ImageRequest(Parameters):
     def check(self, capabilities: Capabilities, sent: Sent) -> None:
         """Whether it is for this model at all, before any picture is looked at. Raises `RequestError`."""
         _check_tasks(capabilities, self.tasks)
-        capabilities.task(len(sent.images), has_mask=sent.mask is not None)
+        capabilities.task(sent.names, has_mask=sent.mask is not None)
 
     def resolve(self, capabilities: Capabilities, pictures: Pictures) -> Request:
         """The request for the first picture. Raises `RequestError`."""
@@ -59,7 +59,7 @@ class ImageRequest(Parameters):
             strength=self.strength,
             layers=self.layers,
         )
-        request = capabilities.resolve(self.prompt, params)
+        request = capabilities.resolve(self.prompt, params, image_names=pictures.names)
         self._check_background(request, capabilities)
         return request.as_file(self.output_format, self.output_compression)
 

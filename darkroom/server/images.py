@@ -16,7 +16,7 @@ from darkroom.configs.request import Request
 
 from . import document
 from .answers import Events, ImagesResponse, Look, Shelf, answer, stream
-from .body import JSON_WITH_PICTURES, disconnection, media_type, read_json, unsupported
+from .body import JSON_WITH_PICTURES, disconnection, media_type, read_json, share_of, unsupported
 from .client import interleave
 from .context import Context, Shared
 from .fields import (
@@ -100,13 +100,15 @@ async def _read_variation(http: HttpRequest, context: Context) -> tuple[Variatio
 async def _draw(http: HttpRequest, context: Context, asked: ImageRequest, sent: Sent, events: str = "") -> Response:
     """`events` is their name, should they be asked for.
 
-    Nothing here keeps the pictures that came with the request: once the engine has them, they are the engine's.
+    Nothing here keeps the pictures that came with the request: once the engine has them, they are the engine's, whose
+    queue has a limit of its own.
     """
     check_model(asked.model, context)
     asked.check(context.capabilities, sent)
+    _check_number(asked.n, context.limits)
     asked = seeded(asked, idempotency_key(http))
     if sent.images:
-        pictures = await take(sent, context.fetcher, context.limits)
+        pictures = await take(sent, context.fetcher, context.limits, share_of(http))
         first = await asyncio.to_thread(asked.resolve, context.capabilities, pictures)
         del pictures
     else:
@@ -123,16 +125,21 @@ async def _draw(http: HttpRequest, context: Context, asked: ImageRequest, sent: 
     )
     made = _generate(http, context, requests)
     del requests
+    share_of(http).give_back()  # they are sent at the first turn of `made`, and a picture may take minutes
     if isinstance(asked, StreamedRequest) and asked.stream:
         return EventStream(stream(made, look, events))
     return await answer(made, look, Shelf(http, context.files) if asked.response_format == "url" else None)
 
 
-def _check_room(n: int, num_bytes: int, limits: Limits) -> None:
+def _check_number(n: int, limits: Limits) -> None:
     """Raises `RequestError` for what not even an empty queue takes: to be told to try again later would be untrue."""
     if n > limits.max_queue:
         message = f"'n' is {n}, and at most {limits.max_queue} pictures can wait here at a time."
         raise RequestError(message, param="n", code="integer_above_max_value")
+
+
+def _check_room(n: int, num_bytes: int, limits: Limits) -> None:
+    """As `_check_number`, of the pictures' bytes."""
     if n > 1 and n * num_bytes > limits.max_queue_mb << 20:
         message = f"The pictures that were sent, {n} times, are more than the {limits.max_queue_mb} MiB that can wait."
         raise RequestError(message, param="n", code="integer_above_max_value")

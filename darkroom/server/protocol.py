@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from darkroom.configs.logs import facts
 
 from .errors import ApiError
+from .metrics import Metrics
 from .trail import new_id
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._cancel_deadline()
         if self._in_head and self._is_idle:
             self._answer(error)
+            metrics: Metrics = self.config.app.state.context.metrics  # type: ignore[union-attr]
+            metrics.count("unknown", error.status)  # a request that is refused later the app has, and counts
             if self.transport.can_write_eof():
                 self.transport.write_eof()
             self._deadline = self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -14,9 +14,9 @@ from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
 from darkroom.configs.pictures import picture_size
 
-from .body import validate
+from .body import Share, validate
 from .errors import ApiError
-from .fetch import Fetcher
+from .fetch import PLACES_OF_ONE, Fetcher
 from .form import Form
 
 FILES = ("image", "url", "mask", "mask_image", "markup")
@@ -28,6 +28,8 @@ _MAX_URL = 20 * 1024 * 1024
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
     images: tuple[bytes, ...] = ()
+    names: tuple[str, ...] = ()
+    """The field that each was sent in."""
     mask: bytes | None = None
 
 
@@ -45,6 +47,10 @@ class Sent:
 
     images: tuple[Source, ...] = ()
     mask: Source | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(image.param for image in self.images)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -74,7 +80,8 @@ def from_form(form: Form) -> Sent:
     if not images:
         raise RequestError("Missing required parameter: 'image'.", param="image", code="missing_required_parameter")
     if len(images) > MOST_IMAGES:
-        raise RequestError(f"{len(images)} pictures were sent; a request has at most {MOST_IMAGES}.", param="image")
+        message = f"{len(images)} pictures were sent; a request has at most {MOST_IMAGES}."
+        raise RequestError(message, param=images[MOST_IMAGES].param)
     if len(masks) > 1:
         raise RequestError("'mask' is sent more than once: it belongs to the first picture.", param="mask")
     return Sent(tuple(images), Source("mask", masks.pop()) if masks else None)
@@ -108,26 +115,30 @@ def is_data(url: str) -> bool:
     return url[:5].lower() == "data:"
 
 
-async def take(sent: Sent, fetcher: Fetcher, limits: Limits) -> Pictures:
+async def take(sent: Sent, fetcher: Fetcher, limits: Limits, share: Share) -> Pictures:
     """The files that were sent, wherever they lie. Raises `RequestError` or `ApiError`."""
-    fetched = await _fetch(fetcher, sent, limits.max_upload_mb << 20)
+    fetched = await _fetch(fetcher, sent, limits.max_upload_mb << 20, share)
     return await asyncio.to_thread(_read, sent, fetched, limits)
 
 
-async def _fetch(fetcher: Fetcher, sent: Sent, most: int) -> dict[str, bytes]:
-    """By their URLs what lies elsewhere: all at once, and `most` bytes together. None, if the operator allows none."""
+async def _fetch(fetcher: Fetcher, sent: Sent, most: int, share: Share) -> dict[str, bytes]:
+    """By their URLs what lies elsewhere, a few at a time; with the body at most `most` bytes.
+
+    None, if the operator allows none.
+    """
     if not fetcher.hosts:
         return {}
     urls = [(one.content, one.param) for one in sent.sources if isinstance(one.content, str)]
     remote = {url: param for url, param in urls if not is_data(url)}
-    left = most
+    places = asyncio.Semaphore(PLACES_OF_ONE)
 
     async def fetch(url: str, param: str) -> bytes:
-        nonlocal left
-        data = await fetcher.fetch_picture(url, param=param)
-        left -= len(data)
-        if left < 0:
-            raise ApiError(413, f"The pictures are larger than {most} bytes.", param=param, code="request_too_large")
+        async with places:
+            data = await fetcher.fetch_picture(url, param=param)
+        if share.held + len(data) > most:
+            message = f"The body and its pictures from elsewhere are larger than {most} bytes."
+            raise ApiError(413, message, param=param, code="request_too_large")
+        share.add(len(data))
         return data
 
     try:
@@ -140,7 +151,8 @@ async def _fetch(fetcher: Fetcher, sent: Sent, most: int) -> dict[str, bytes]:
 
 def _read(sent: Sent, fetched: Mapping[str, bytes], limits: Limits) -> Pictures:
     images = tuple(_checked(source, fetched, limits) for source in sent.images)
-    return Pictures(images=images, mask=_checked(sent.mask, fetched, limits) if sent.mask else None)
+    mask = _checked(sent.mask, fetched, limits) if sent.mask else None
+    return Pictures(images=images, names=sent.names, mask=mask)
 
 
 def _checked(source: Source, fetched: Mapping[str, bytes], limits: Limits) -> bytes:

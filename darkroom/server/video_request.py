@@ -18,6 +18,8 @@ from .uploads import ReferenceObject
 
 DEFAULT_SECONDS = 4
 
+REFERENCE = "input_reference"
+"""The field of the picture that a video begins with."""
 _SECONDS = re.compile(r"[1-9][0-9]{0,3}", re.ASCII)
 
 
@@ -42,7 +44,7 @@ class VideoRequest(Parameters):
             num_frames=self._frames(capabilities, capabilities.fps if self.fps is None else self.fps),
             fps=self.fps,
         )
-        request = capabilities.resolve(self.prompt, params).as_file("mp4")
+        request = _resolved(capabilities, self.prompt, params).as_file("mp4")
         return VideoJob(request, str(self.seconds or _rounded(request.num_frames / request.fps)))
 
     def _frames(self, capabilities: Capabilities, fps: int) -> int | None:
@@ -85,8 +87,12 @@ class Remix(BaseModel):
     def resolve(self, source: Request, capabilities: Capabilities) -> Request:
         """The request with all that the source was made with, its seed too, but for the prompt."""
         check_task(capabilities, has_picture=bool(source.images))
-        capabilities.resolve(self.prompt, _as_asked(source, capabilities))  # raises what the model can do no longer
+        _resolved(capabilities, self.prompt, _as_asked(source, capabilities))  # raises what the model can do no longer
         return msgspec.structs.replace(source, prompt=self.prompt)
+
+
+def _resolved(capabilities: Capabilities, prompt: str, params: SamplingParams) -> Request:
+    return capabilities.resolve(prompt, params, image_names=(REFERENCE,) * len(params.images))
 
 
 def _as_asked(source: Request, capabilities: Capabilities) -> SamplingParams:
@@ -111,11 +117,12 @@ def _as_asked(source: Request, capabilities: Capabilities) -> SamplingParams:
 
 def check_task(capabilities: Capabilities, *, has_picture: bool) -> None:
     """Whether the model makes videos of this kind, before the picture is looked at. Raises `RequestError`."""
-    param = "input_reference"
     if not has_picture and "text-to-video" not in capabilities.tasks:
-        raise RequestError(f"{capabilities.family} needs a picture to begin with: '{param}'.", param=param)
+        raise RequestError(f"{capabilities.family} needs a picture to begin with: '{REFERENCE}'.", param=REFERENCE)
     if has_picture and "image-to-video" not in capabilities.tasks:
-        raise RequestError(f"{capabilities.family} makes videos from text alone; it takes no '{param}'.", param=param)
+        raise RequestError(
+            f"{capabilities.family} makes videos from text alone; it takes no '{REFERENCE}'.", param=REFERENCE
+        )
 
 
 def _on_grid(capabilities: Capabilities, frames: int) -> int:

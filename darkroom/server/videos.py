@@ -15,7 +15,7 @@ from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
 
 from . import document
-from .body import JSON_WITH_PICTURES, media_type, read_json, validate
+from .body import JSON_WITH_PICTURES, media_type, read_json, share_of, validate
 from .body import unsupported as unsupported_type
 from .context import Shared
 from .errors import ApiError
@@ -27,12 +27,11 @@ from .ranges import file_response
 from .runner import VideoRunner
 from .trail import trail_of
 from .uploads import Sent, Source, referenced, take
-from .video_request import Remix, VideoRequest, check_task
+from .video_request import REFERENCE, Remix, VideoRequest, check_task
 from .video_stores import Variant, file_name
 
 router = APIRouter()
 
-_REFERENCE = "input_reference"
 _PAGE = 20
 _MAX_PAGE = 100
 _POLL_MS = 1000
@@ -121,21 +120,22 @@ Runner = Annotated[VideoRunner, Depends(_runner)]
 @router.post(
     "/v1/videos",
     openapi_extra=document.body(
-        form=document.form_schema(VideoRequest, (_REFERENCE,)), json=VideoRequest.model_json_schema()
+        form=document.form_schema(VideoRequest, (REFERENCE,)), json=VideoRequest.model_json_schema()
     ),
 )
 async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Video:
     key = idempotency_key(http)
     body, is_form = await _read(http, context.limits)
-    file = body.pop(_REFERENCE) if isinstance(body.get(_REFERENCE), bytes) else None
+    file = body.pop(REFERENCE) if isinstance(body.get(REFERENCE), bytes) else None
     asked = seeded(VideoRequest.read(body, is_form=is_form), key)
     check_model(asked.model, context)
     sent = _sent(asked.input_reference if file is None else file)
     check_task(context.capabilities, has_picture=bool(sent.images))
-    picture = next(iter((await take(sent, context.fetcher, context.limits)).images), None)
+    pictures = await take(sent, context.fetcher, context.limits, share_of(http))
+    picture = next(iter(pictures.images), None)
     made = asked.resolve(context.capabilities, picture)
     if picture is not None:
-        await context.decoder.check_whole(picture, _REFERENCE)
+        await context.decoder.check_whole(picture, REFERENCE)
     new = Job.new(made.request, model=context.served_name, seconds=made.seconds, idempotency_key=key)
     return await _submit(http, runner, *new)
 
@@ -237,7 +237,7 @@ async def _read(http: HttpRequest, limits: Limits) -> tuple[dict[str, Any], bool
         case "application/json":
             return await read_json(http, min(JSON_WITH_PICTURES, limits.max_upload_mb << 20)), False
         case "multipart/form-data":
-            return _once(await read_form(http, (_REFERENCE,), limits)), True
+            return _once(await read_form(http, (REFERENCE,), limits)), True
         case _:
             raise unsupported_type(http, "'multipart/form-data' or 'application/json'")
 
@@ -258,7 +258,7 @@ def _sent(picture: bytes | dict[str, Any] | None) -> Sent:
     """What the video begins with. Raises `RequestError`."""
     if picture is None:
         return Sent()
-    return Sent((Source(_REFERENCE, picture) if isinstance(picture, bytes) else referenced(picture, _REFERENCE),))
+    return Sent((Source(REFERENCE, picture) if isinstance(picture, bytes) else referenced(picture, REFERENCE),))
 
 
 async def _job(id: str, runner: VideoRunner) -> Job:

@@ -52,7 +52,7 @@ SERVE_FLAGS = [
     ("--max-videos", "2", "max_videos", 2),
     ("--omni", None, "omni", True),
     ("--max-upload-mb", "7", "max_upload_mb", 7),
-    ("--max-uploads-mb", "7", "max_uploads_mb", 7),
+    ("--max-uploads-mb", "2000", "max_uploads_mb", 2000),
     ("--max-image-mb", "7", "max_image_mb", 7),
     ("--max-image-pixels", "7", "max_image_pixels", 7),
     ("--max-form-fields", "7", "max_form_fields", 7),
@@ -206,6 +206,9 @@ def test_attention_backends_are_those_of_diffusers() -> None:
         (["--uly", "2"], "--uly"),  # no abbreviations: a new flag must not change what an old command means
         (["--omni=yes"], "--omni"),
         (["another"], "another"),
+        (["--max-upload-mb", "9", "--max-uploads-mb", "8"], "--max-upload-mb 9 is more than --max-uploads-mb 8: "),
+        (["--max-uploads-mb", "127"], "--max-upload-mb 128 is more than --max-uploads-mb 127: "),
+        (["--max-upload-mb", "1", "--max-uploads-mb", "1"], "--max-uploads-mb '1': input should be greater than or"),
     ],
 )
 def test_a_bad_flag_gets_one_line(arguments: list[str], expected: str) -> None:

@@ -47,6 +47,18 @@ def test_steps_that_are_fixed_are_the_only_ones(folders: dict[str, Path], tmp_pa
             sprint.resolve("a cat", SamplingParams(num_inference_steps=steps))
 
 
+@pytest.mark.parametrize(("name", "places"), [("CogView3Plus", 6), ("CogView4", None)])
+def test_an_edge_is_bounded_by_a_table_and_not_by_a_number_in_the_config(
+    folders: dict[str, Path], tmp_path: Path, name: str, places: int | None
+) -> None:
+    folder = tiny.renamed(folders["flux"], tmp_path / name, f"{name}Pipeline")
+    config = folder / "transformer" / "config.json"
+    more = {"_class_name": f"{name}Transformer2DModel", "pos_embed_max_size": 6, "patch_size": 2}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **more}))
+    found = Checkpoint.open(str(folder)).capabilities
+    assert found.max_edge == (places and places * found.size_multiple)
+
+
 def test_a_picture_alone_does_not_do_where_a_part_is_drawn_over(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tiny.renamed(folders["flux"], tmp_path / "x", "FluxInpaintPipeline")
     params = SamplingParams(images=(picture_file(64, 64),))

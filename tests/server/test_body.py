@@ -83,7 +83,7 @@ def test_prompts_may_be_full_of_commas(http, engine):
 
 def test_many_bodies_at_once_are_not_read_into_memory(engine):
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1500000\r\n\r\n"
-    with serving(engine, limits=Limits(max_uploads_mb=2)) as server, ExitStack() as stack:
+    with serving(engine, limits=Limits(max_upload_mb=2, max_uploads_mb=2)) as server, ExitStack() as stack:
         address = server.url.removeprefix("http://").split(":")
         slow = [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(2)]
         for connection in slow:
@@ -91,7 +91,7 @@ def test_many_bodies_at_once_are_not_read_into_memory(engine):
         context = server.app.state.context
         assert wait_until(lambda: context.inflow.held == 2_000_000)
         response = httpx.post(server.url + PATH, content=b" " * 200_000, headers=JSON)
-        assert "being read already" in refusal(response, 429, "rate_limit_exceeded")
+        assert "being taken in already" in refusal(response, 429, "rate_limit_exceeded")
         assert response.headers["retry-after"] == "5"
         slow[0].close()
         assert wait_until(lambda: context.inflow.held == 1_000_000)

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,11 +20,17 @@ import httpx
 import pytest
 import trustme
 
+from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
+from darkroom.engine.messages import Event, Generate
+from darkroom.server.body import Inflow, Share
+from darkroom.server.errors import ApiError
 from darkroom.server.fetch import Fetcher, is_public
+from darkroom.server.uploads import Pictures, Sent, Source, take
 from tests.golden import picture_file
 
 from .conftest import CAPABILITIES, EDIT, Server, serving
+from .engine import finished, wait_until
 
 PICTURE = b"\x89PNG" + b"x" * 5000
 
@@ -46,6 +53,9 @@ class Handler(BaseHTTPRequestHandler):
                 pass
         elif name == "slow":
             time.sleep(3)
+        elif name == "late":
+            time.sleep(0.5)
+            self.answer(200, GOOD)
         elif name == "drip":
             self.send_response(200)
             self.end_headers()
@@ -57,6 +67,9 @@ class Handler(BaseHTTPRequestHandler):
                 pass
         elif name == "zip":
             self.answer(200, b"x", content_encoding="gzip")
+        elif name == "gated":
+            self.server.gate.wait(30)
+            self.answer(200, GOOD)
         elif name == "png":
             self.answer(200, GOOD)
         else:
@@ -90,6 +103,7 @@ class World:
         authority.issue_cert("good.test", "cdn.good.test").configure_cert(context)
         self.server: Any = Site(("127.0.0.1", 0), Handler)
         self.server.seen = []
+        self.server.gate = threading.Event()
         self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
         self.trust = ssl.create_default_context()
@@ -137,6 +151,7 @@ def _world() -> Iterator[World]:
 @pytest.fixture
 def world(_world: World) -> World:
     _world.server.seen.clear()
+    _world.server.gate.clear()
     _world.asked.clear()
     return _world
 
@@ -222,6 +237,36 @@ def test_what_an_allowed_host_cannot_do(world: World, path: str, options: Any, w
     with pytest.raises(RequestError, match=words) as caught:
         world.fetch(path, **options)
     assert caught.value.param == "image_url" and time.monotonic() - start < 10
+
+
+def test_a_pictures_time_begins_when_it_is_fetched(world: World) -> None:
+    """Of the pictures of one request the last ones wait for the first, and no other request for all of them."""
+
+    async def run() -> tuple[Pictures, bytes, int]:
+        fetcher, url = world.fetcher(seconds=1.5), f"https://good.test:{world.port}/late"
+        sent = Sent(tuple(Source("images", f"{url}?{i}") for i in range(16)))  # together they take longer than that
+        taking = asyncio.create_task(take(sent, fetcher, Limits(), Share(Inflow(1 << 20))))
+        await asyncio.sleep(0.1)
+        other = await fetcher.fetch_picture(url)
+        begun = len(world.server.seen)
+        return await taking, other, begun
+
+    pictures, other, begun = asyncio.run(run())
+    assert pictures.images == (GOOD,) * 16 and other == GOOD and begun < 16
+
+
+def test_who_finds_no_place_is_told_to_come_again(world: World) -> None:
+    async def run() -> list[object]:
+        fetcher, url, tasks = world.fetcher(seconds=1.0), f"https://good.test:{world.port}/slow", []
+        for pause, number in ((0.0, 8), (0.2, 8), (0.2, 1)):  # all places; those next in line; and one more
+            await asyncio.sleep(pause)
+            tasks += [asyncio.create_task(fetcher.fetch_picture(url)) for _ in range(number)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    *fetched, last = asyncio.run(run())
+    assert all(isinstance(error, RequestError) and "within 1 seconds" in str(error) for error in fetched)
+    assert isinstance(last, ApiError) and "Too many pictures are being fetched" in str(last)
+    assert (last.status, last.headers) == (429, {"Retry-After": "1"})
 
 
 def test_off_unless_hosts_are_named() -> None:
@@ -338,3 +383,38 @@ def test_every_way_in_takes_what_is_allowed(world: World, edits: str, server: Se
         assert answer.status_code == 200, (param, answer.text)
         asked = server.engine.requests[-1].request
         assert (asked.mask if param == "mask" else asked.images[0]) == GOOD
+
+
+def test_a_request_counts_until_the_engine_has_it(world: World, server: Server) -> None:
+    """Not only while it is read: it is in memory while its pictures are fetched, and no longer while it is drawn."""
+    drawn = threading.Event()
+
+    def script(message: Generate) -> Iterator[Event | float]:
+        while not drawn.is_set():
+            yield 0.01
+        yield finished(message)
+
+    server.engine.script = script
+    limits, edits = Limits(max_upload_mb=2, max_uploads_mb=2), CAPABILITIES.override(EDIT)
+    with (
+        serving(server.engine, capabilities=edits, limits=limits, allow_remote_media=["good.test"]) as one,
+        httpx.Client(base_url=one.url, timeout=30) as http,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        state = one.app.state
+        state.context = replace(state.context, fetcher=world.fetcher())
+        urls = [f"https://good.test:{world.port}/{name}" for name in ("png", "gated")]
+        files = {"image": GOOD.ljust(1_500_000, b"x")}
+        first = http.build_request("POST", "/v1/images/edits", data={"prompt": "x", "url[]": urls}, files=files)
+        size = int(first.headers["content-length"]) + len(GOOD)
+        answer = pool.submit(http.send, first)
+        assert wait_until(lambda: state.context.inflow.held == size, 10)
+        refused = http.post("/v1/images/edits", data={"prompt": "x"}, files=files)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+        world.server.gate.set()
+        assert wait_until(lambda: len(server.engine.requests) == 1, 10)
+        assert wait_until(lambda: state.context.inflow.held == 0) and not answer.done()
+        drawn.set()
+        assert answer.result().status_code == 200
+        assert http.post("/v1/images/edits", data={"prompt": "x"}, files=files).status_code == 200
+        assert state.context.inflow.held == 0

@@ -355,6 +355,25 @@ def test_a_refusal_is_a_line_of_the_log(client: Client, caplog: pytest.LogCaptur
     assert json.loads(answer.content)["error"]["code"] == "invalid_http"
 
 
+def test_a_refusal_is_counted_once(connect: Callable[[], Client], server: Server) -> None:
+    counts = server.app.state.context.metrics.registry.get_sample_value
+
+    def count(*labels: str) -> float:
+        return counts("darkroom_requests_total", dict(zip(("route", "outcome"), labels, strict=True))) or 0.0
+
+    before, path = count("unknown", "client_error"), "/v1/images/generations"
+    cancelled = count(path, "cancelled")
+    client = connect()
+    client.send(GET + b"a: %b\r\n\r\n" % (b"x" * HEAD_BYTES))
+    client.refusal(431, "headers_too_large")
+    assert count("unknown", "client_error") == before + 1
+    client = connect()
+    client.send(POST + b"transfer-encoding: chunked\r\n\r\nno number\r\n")
+    client.refusal(400, "invalid_http")
+    assert wait_until(lambda: count(path, "cancelled") == cancelled + 1)  # the app had it already
+    assert count("unknown", "client_error") == before + 1
+
+
 H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"
 """Java's client asks for HTTP/2 so, with each request that has no TLS."""
 

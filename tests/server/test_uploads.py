@@ -15,6 +15,7 @@ from PIL import Image
 
 from darkroom.configs.config import Limits
 from darkroom.configs.errors import RequestError
+from darkroom.server.body import Inflow, Share
 from darkroom.server.errors import ApiError
 from darkroom.server.fetch import Fetcher
 from darkroom.server.form import Form
@@ -180,7 +181,7 @@ def test_nothing_is_fetched_from_elsewhere(edit, engine, url):
         ({"images": None}, "images", MISSING),
         ({"images": []}, "images", INVALID),
         ({"images": [GOOD] * 17}, "images", INVALID),
-        ({"images": [GOOD] * 5}, "image", INVALID),
+        ({"images": [GOOD] * 5}, "images", INVALID),
         ({"images": GOOD}, "images", "invalid_type"),
         ({"images": ["x"]}, "images", "invalid_type"),
         ({"images": [{}]}, "images", MISSING),
@@ -219,6 +220,18 @@ def test_data_urls_in_a_form(edit, engine):
         refusal(edit.post(EDITS, data={"prompt": "x", "url": broken}, files={"user": (None, "x")}), "url")
 
 
+def test_a_picture_of_a_bad_shape_is_named_as_it_was_sent(edit, engine):
+    thin = png(3, 900)
+    files = {"image": PICTURE, "url": (None, data_url(thin))}
+    for param, request in {
+        "image": {"data": {"prompt": "x"}, "files": {"image": thin}},
+        "url": {"data": {"prompt": "x"}, "files": files},
+        "images": {"json": {"prompt": "x", "images": [GOOD, {"image_url": data_url(thin)}]}},
+    }.items():
+        assert refusal(edit.post(EDITS, **request), param).startswith(f"'{param}' has 3x900 pixels; ")
+    assert engine.requests == []
+
+
 class Hosts(Fetcher):
     """The fetcher's own tests are of what it fetches; here it is which URLs it is asked for."""
 
@@ -235,20 +248,27 @@ class Hosts(Fetcher):
 REMOTE_URL = "https://a.example/a.png"
 
 
+def a_share(held: int = 0, most: int = 1 << 30) -> Share:
+    """Of a request whose body had so many bytes."""
+    share = Share(Inflow(most))
+    share.add(held)
+    return share
+
+
 def test_pictures_from_allowed_hosts_alone_are_asked_for() -> None:
     other = picture_file(32, 32)
     references = [{"image_url": REMOTE_URL}, {"image_url": data_url(other)}]
     hosts = Hosts("a.example")
-    pictures = asyncio.run(take(from_json(references, {"image_url": REMOTE_URL}), hosts, Limits()))
+    pictures = asyncio.run(take(from_json(references, {"image_url": REMOTE_URL}), hosts, Limits(), a_share()))
     assert (pictures.images, pictures.mask) == ((PICTURE, other), PICTURE)
     assert hosts.asked == [(REMOTE_URL, "mask")]  # once
     form = Form(files={"url": [REMOTE_URL.encode(), data_url(other).encode()], "image": [other]})
     hosts = Hosts("a.example")
-    assert asyncio.run(take(from_form(form), hosts, Limits())).images == (other, PICTURE, other)
+    assert asyncio.run(take(from_form(form), hosts, Limits(), a_share())).images == (other, PICTURE, other)
     assert hosts.asked == [(REMOTE_URL, "url")]
     none = Hosts()
     with pytest.raises(RequestError, match="fetches nothing"):
-        asyncio.run(take(from_form(form), none, Limits()))
+        asyncio.run(take(from_form(form), none, Limits(), a_share()))
     assert none.asked == []
 
 
@@ -256,14 +276,30 @@ def test_what_is_fetched_is_no_more_than_may_be_sent() -> None:
     urls = [{"image_url": f"https://a.example/{i}.png"} for i in range(4)]
     hosts = Hosts("a.example", content=PICTURE.ljust(1 << 19, b"x"))
     with pytest.raises(ApiError, match="larger than 1048576 bytes") as caught:
-        asyncio.run(take(from_json(urls, None), hosts, Limits(max_upload_mb=1)))
+        asyncio.run(take(from_json(urls, None), hosts, Limits(max_upload_mb=1), a_share()))
     assert (caught.value.status, caught.value.param) == (413, "images")
-    assert len(asyncio.run(take(from_json(urls[:2], None), hosts, Limits(max_upload_mb=1))).images) == 2
+    two, limits, share = from_json(urls[:2], None), Limits(max_upload_mb=1), a_share()
+    assert len(asyncio.run(take(two, hosts, limits, share)).images) == 2
+    assert share.held == 1 << 20  # with the body it is
+    with pytest.raises(ApiError, match="larger than 1048576 bytes"):
+        asyncio.run(take(two, hosts, limits, a_share(held=1)))
+
+
+def test_what_is_fetched_counts_among_what_all_requests_have() -> None:
+    hosts = Hosts("a.example", content=PICTURE.ljust(1 << 19, b"x"))
+    with pytest.raises(ApiError, match="of 1048576 bytes are being taken in already") as caught:
+        asyncio.run(take(from_json([{"image_url": REMOTE_URL}], None), hosts, Limits(), a_share(1 << 20, 1 << 20)))
+    assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "5"})
 
 
 def test_what_cannot_be_for_this_model_is_refused_before_anything_is_fetched(_server: Server) -> None:
     with (
-        serving(_server.engine, capabilities=CAPABILITIES.override(EDIT), allow_remote_media=["localhost"]) as server,
+        serving(
+            _server.engine,
+            capabilities=CAPABILITIES.override(EDIT),
+            limits=Limits(max_queue=4),
+            allow_remote_media=["localhost"],
+        ) as server,
         httpx.Client(base_url=server.url, timeout=10) as http,
     ):
         remote = {"image_url": "https://localhost/a.png"}  # which the fetcher would refuse
@@ -271,12 +307,13 @@ def test_what_cannot_be_for_this_model_is_refused_before_anything_is_fetched(_se
         assert "not public" in refusal(http.post(EDITS, json=body), "images")
         response = http.post(EDITS, json={**body, "model": "nope"})
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
-        refusal(http.post(EDITS, json={**body, "images": [remote] * 5}), "image")
+        refusal(http.post(EDITS, json={**body, "images": [remote] * 5}), "images")
         refusal(http.post(EDITS, json={**body, "mask": remote}), "mask")
-        refusal(http.post(EDITS, json={**body, "n": 99}), "n", "integer_above_max_value")
+        for n in (5, 99):  # more than can wait, and more than may be asked for
+            refusal(http.post(EDITS, json={**body, "n": n}), "n", "integer_above_max_value")
         form = [("url", (None, remote["image_url"]))] * 120
         refusal(http.post(EDITS, files=form), "prompt", MISSING)
-        refusal(http.post(EDITS, files=[*form, ("prompt", (None, "x"))]), "image")
+        refusal(http.post(EDITS, files=[*form, ("prompt", (None, "x"))]), "url")
         refusal(http.post(VARIATIONS, files=form[:1]), "model")
 
 

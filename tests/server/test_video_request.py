@@ -7,6 +7,7 @@ import pytest
 
 from darkroom.configs.errors import RequestError
 from darkroom.server.video_request import Remix, VideoRequest
+from tests.golden import picture_file
 
 from .conftest import VIDEO_CAPABILITIES
 
@@ -68,6 +69,16 @@ def test_a_remix_for_a_model_that_can_do_less():
     with pytest.raises(RequestError) as caught:
         Remix(prompt="y").resolve(source, VIDEO_CAPABILITIES.override({"max_frames": 81}))
     assert caught.value.param == "num_frames"
+
+
+def test_a_picture_of_a_bad_shape_is_named_as_it_was_sent():
+    with pytest.raises(RequestError, match=r"^'input_reference' has 3x900 pixels; one edge") as caught:
+        VideoRequest(prompt="x").resolve(VIDEO_CAPABILITIES, picture_file(3, 900))
+    assert caught.value.param == "input_reference"
+    source = VideoRequest(prompt="x").resolve(VIDEO_CAPABILITIES, picture_file(64, 128)).request
+    with pytest.raises(RequestError, match=r"^'input_reference' has 64x128 pixels; each edge") as caught:
+        Remix(prompt="y").resolve(source, VIDEO_CAPABILITIES.override({"min_image_edge": 80}))
+    assert caught.value.param == "input_reference"
 
 
 def test_every_field_is_in_the_docs():

@@ -7,6 +7,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import av
 import httpx
 import openai
+import psutil
 import pytest
 from PIL import Image
 
@@ -669,6 +671,18 @@ def test_the_operators_limits_are_of_this_picture_too(tmp_path):
         assert "3008" in message
         for body in ({"json": {"prompt": "x" * (1 << 20)}}, {"data": {"prompt": "x"}, "files": {"a": bytes(1 << 20)}}):
             refused(http.post(PATH, **body), 413, code="request_too_large")
+
+
+def test_a_request_counts_while_its_picture_is_decoded(http, server):
+    file = picture(size=(8192, 8192))  # takes a second or so
+    inflow = server.app.state.context.inflow
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, PATH, data={"prompt": "x"}, files={"input_reference": file}, timeout=60)
+        running = psutil.Process().children
+        assert wait_until(lambda: any("darkroom.server.decoder" in child.cmdline() for child in running()), 10)
+        assert inflow.held > len(file)
+        assert answer.result().status_code == 200
+    assert wait_until(lambda: inflow.held == 0)
 
 
 def test_content_types(http):
