@@ -55,7 +55,6 @@ class VideoRunner:
         self._metrics = metrics
         self._drain = drain
         self._running: dict[asyncio.Task[None], Job] = {}
-        """One job may be there twice: when this server was stalled, and took its own job over."""
         self._news = asyncio.Event()
 
     @property
@@ -144,7 +143,8 @@ class VideoRunner:
     async def _take(self) -> None:
         """Jobs, for as long as there is a place for them. Without an engine none would get anywhere."""
         while self._has_place and self._client.last_status.state == "ready" and not self._drain.is_on:
-            job = await self.jobs.claim(self._model, self.options.lease, alone=not self._running)
+            in_hand = [job.id for job in self._running.values()]
+            job = await self.jobs.claim(self._model, self.options.lease, beside=in_hand)
             if job is None:
                 return
             task = asyncio.create_task(self._run(job))
@@ -186,11 +186,12 @@ class VideoRunner:
                 await self._stores.clean(self._model)
 
     async def _complete(self, job: Job) -> None:
-        percent = size = 0
+        percent = 0
+        files: tuple[bytes, ...] = ()
         async with aclosing(interleave([self._make(job)], lambda: self._hold(job, lambda: percent))) as steps:
             async for _, step in steps:
-                percent, size = step
-        if not await self._stores.complete(job, size):  # when nothing renews: that would fail
+                percent, files = step
+        if not await self._stores.keep(job, files):  # when nothing else renews: that would fail once it is completed
             raise ClaimLost
 
     async def _hold(self, job: Job, percent: Callable[[], int]) -> NoReturn:
@@ -208,19 +209,17 @@ class VideoRunner:
                 raise ClaimLost
             await asyncio.sleep(self.options.renewal)
 
-    async def _make(self, job: Job) -> AsyncGenerator[tuple[int, int], None]:
-        """Yields how far it is in per cent, and at the end the bytes that were written."""
-        files: tuple[bytes, ...] = ()
+    async def _make(self, job: Job) -> AsyncGenerator[tuple[int, tuple[bytes, ...]], None]:
+        """Yields how far it is in per cent, and at the end the files."""
         request = msgspec.structs.replace(await self._read(job), stills=True)
         async with aclosing(self._client.generate(request)) as events:
             async for event in events:
                 self._metrics.observe(event)
                 match event:
                     case Progress(step=step, num_steps=num_steps):
-                        yield 99 * step // max(num_steps, 1), 0  # the last one is the file's
+                        yield 99 * step // max(num_steps, 1), ()  # the last one is the file's
                     case Finished():
-                        files = event.files
-        yield 99, await self._stores.put(job, files)
+                        yield 99, event.files
 
     async def _read(self, job: Job) -> Request:
         """Raises `NotBegun`, or what no waiting mends."""

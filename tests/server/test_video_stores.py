@@ -20,7 +20,7 @@ from darkroom.server.video_stores import VideoOptions, open_videos
 
 from .conftest import CAPABILITIES, VIDEO_CAPABILITIES
 from .engine import slow, video, wait_until
-from .test_runner import PATH, PICTURE, create, running, sql, status
+from .test_runner import PATH, PICTURE, create, running, sql, status, waits_for
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
@@ -189,6 +189,48 @@ def test_a_job_that_cannot_be_completed_now_is_made_again_later(tmp_path):
         sql(tmp_path, "DROP TRIGGER full")
         assert wait_until(lambda: status(http, id) == "completed", 10)
         assert len(server.engine.requests) == 2
+
+
+def refuse_writes(folder: Path, condition: str) -> None:
+    """To such jobs, by whichever server, until `allow_writes`."""
+    sql(
+        folder,
+        f"CREATE TRIGGER away BEFORE UPDATE ON video_jobs WHEN {condition} BEGIN SELECT RAISE(ABORT, 'away'); END",
+    )
+
+
+def allow_writes(folder: Path) -> None:
+    sql(folder, "DROP TRIGGER away")
+
+
+def test_no_server_takes_a_video_that_is_made_and_waits_to_be_written_down(tmp_path):
+    """For longer than the lease, after which a server that makes one is taken for dead."""
+    with running(tmp_path, waits_for(tmp_path / "go")) as (a, first):
+        id = create(a)
+        assert wait_until(lambda: len(first.engine.requests) == 1, 5)
+        refuse_writes(tmp_path, "NEW.status = 'completed'")
+        with running(tmp_path) as (b, second):
+            (tmp_path / "go").touch()
+            time.sleep(2.0)
+            assert status(b, id) == "in_progress"
+            allow_writes(tmp_path)
+            assert wait_until(lambda: status(b, id) == "completed", 10)
+            assert (len(first.engine.requests), len(second.engine.requests)) == (1, 0)
+
+
+def test_a_server_does_not_take_over_what_it_has_made_itself(tmp_path):
+    """The database went away before the video was made: nothing says that it waits to be written down."""
+    with running(tmp_path, waits_for(tmp_path / "go"), lease=1.5) as (http, server):
+        id = create(http)
+        assert wait_until(lambda: len(server.engine.requests) == 1, 5)
+        refuse_writes(tmp_path, "NEW.claim = OLD.claim")
+        (tmp_path / "go").touch()
+        assert wait_until(lambda: len(list((tmp_path / "files").glob("*.jpg"))) == 1, 1.4)
+        time.sleep(2.5)
+        assert sql(tmp_path, "SELECT lease < unixepoch() FROM video_jobs") == [(1,)]
+        allow_writes(tmp_path)
+        assert wait_until(lambda: status(http, id) == "completed", 10)
+        assert len(server.engine.requests) == 1
 
 
 def test_what_waiting_does_not_mend_fails_at_once(tmp_path):
