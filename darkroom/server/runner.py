@@ -251,4 +251,9 @@ class VideoRunner:
 
 
 def _asked(job: Job) -> tuple[object, ...]:
-    return job.request, job.model, job.seconds, job.remixed_from, job.has_picture
+    """Compared as it is read, not as it is written: a version that knew fewer fields has written other text."""
+    try:
+        request: Request | str = job.read_request()
+    except msgspec.DecodeError:
+        request = job.request
+    return request, job.model, job.seconds, job.remixed_from, job.has_picture

@@ -227,7 +227,7 @@ def makes_videos(capabilities: Capabilities) -> bool:
 async def _submit(http: HttpRequest, runner: VideoRunner, job: Job, picture: bytes | None) -> Video:
     accepted = await runner.submit(job, picture)
     trail = trail_of(http)
-    trail.asked, trail.video = accepted.read_request(), accepted.id
+    trail.asked, trail.video = job.read_request(), accepted.id  # what was accepted another version may have written
     return Video.of(accepted)
 
 
