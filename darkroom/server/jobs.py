@@ -52,6 +52,7 @@ JOBS = sa.Table(
     sa.Column("crashes", sa.Integer, nullable=False),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("idempotency_key", sa.String(64)),
+    sa.Column("unread_since", sa.Double),
     sa.Index("video_jobs_by_status", "status", "id"),
     sa.Index("video_jobs_by_key", "idempotency_key", unique=True),
 )
@@ -109,6 +110,8 @@ class Job:
     """Bytes of its files."""
     idempotency_key: str | None = None
     """No two jobs have the same."""
+    unread_since: float | None = None
+    """When its picture could not be read, for the first of the tries up to the last one."""
 
     @classmethod
     def new(
@@ -222,12 +225,14 @@ class JobStore:
         longest = sa.case((JOBS.c.lease < until, until), else_=JOBS.c.lease)
         return await self._change(sa.update(JOBS).where(_held(job)).values(progress=furthest, lease=longest))
 
-    async def release(self, job: Job, *, seconds: float = 0.0, crashed: bool = False) -> bool:
+    async def release(
+        self, job: Job, *, seconds: float = 0.0, crashed: bool = False, unread_since: float | None = None
+    ) -> bool:
         """Leave the job to whoever takes it next, after this many seconds.
 
         The claim is over: a renewal that is still under way does not find it any more, and keeps nobody waiting.
         """
-        values = {"claim": secrets.token_hex(16), "lease": time.time() + seconds}
+        values = {"claim": secrets.token_hex(16), "lease": time.time() + seconds, "unread_since": unread_since}
         crashes = JOBS.c.crashes + int(crashed)
         return await self._change(sa.update(JOBS).where(_held(job)).values(**values, crashes=crashes))
 

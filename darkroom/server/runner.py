@@ -39,7 +39,7 @@ class ClaimLost(Exception):
 
 
 class NotBegun(Exception):
-    """What the job begins from cannot be read now. Nothing is lost by trying again."""
+    """What the job begins from cannot be read now. Nothing is lost by trying again, but somebody waits for its end."""
 
 
 class VideoRunner:
@@ -170,8 +170,7 @@ class VideoRunner:
             except EngineError as e:
                 await self._engine_failed(job, e)
             except NotBegun as e:
-                logger.warning("%s: %s", job.id, e)
-                await self.jobs.release(job, seconds=_BUSY_SECONDS)
+                await self._not_begun(job, e)
             except NotKept as e:
                 logger.error("%s: %s", job.id, e)
                 await self._try_again(job, "The video's files could not be kept", seconds=self.options.patience)
@@ -229,6 +228,20 @@ class VideoRunner:
             raise
         except Exception as e:  # each store raises errors of its own
             raise NotBegun(f"its picture cannot be read: {e!r}") from e
+
+    async def _not_begun(self, job: Job, error: NotBegun) -> None:
+        """Wait for a store that is away; but what is never read would never end, as what is left in it without rights.
+
+        For as long as the client would have had to fetch the video: who asks after it has given up by then.
+        """
+        logger.warning("%s: %s", job.id, error)
+        now, ttl = time.time(), self.options.ttl
+        since = job.unread_since or now
+        if now - since < ttl:
+            await self.jobs.release(job, seconds=_BUSY_SECONDS, unread_since=since)
+        else:
+            message = f"The picture that the video begins from could not be read for {ttl:g} seconds."
+            await self._stores.fail(job, message)
 
     async def _engine_failed(self, job: Job, error: EngineError) -> None:
         logger.warning("%s: %s", job.id, error)

@@ -32,7 +32,7 @@ class VideoOptions:
     """Times are in seconds."""
 
     ttl: float = 86_400.0
-    """How long a finished job is kept."""
+    """How long a finished job is kept; and one that cannot begin, before it fails."""
     disk_budget: int | None = None
     """Bytes of all files; beyond it the videos that were completed first are deleted."""
     max_waiting: int = 256

@@ -66,6 +66,7 @@ def test_a_job_is_read_as_it_was_written(url):
         size=2**40,
         status="failed",
         idempotency_key="k",
+        unread_since=2.5,
     )
 
     async def test(jobs: JobStore) -> None:

@@ -144,6 +144,29 @@ def test_a_picture_that_cannot_be_read_for_a_while_costs_no_video(tmp_path, brea
         assert len(server.engine.requests) == 1 and sql(tmp_path, "SELECT crashes FROM video_jobs") == [(0,)]
 
 
+def test_a_picture_that_can_never_be_read_fails_its_video_in_the_end(tmp_path, monkeypatch):
+    """Also when no server lives for that long."""
+    monkeypatch.setattr("darkroom.server.runner._BUSY_SECONDS", 0.1)
+    with running(tmp_path, slow) as (http, _):
+        body = {"data": {"prompt": "x", "num_frames": "1"}, "files": {"input_reference": PICTURE}}
+        id = http.post(PATH, **body).json()["id"]
+    picture = tmp_path / "files" / f"{id}.input"
+    picture.unlink()
+    picture.symlink_to(picture)  # which nobody can read; a file without rights root could
+    for _ in range(2):
+        with running(tmp_path) as (http, _):
+            before = sql(tmp_path, "SELECT claim FROM video_jobs")
+            assert wait_until(lambda before=before: sql(tmp_path, "SELECT claim FROM video_jobs") != before, 10)
+            time.sleep(0.5)
+            assert status(http, id) == "in_progress"
+        sql(tmp_path, "UPDATE video_jobs SET unread_since = unread_since - 1800")
+    with running(tmp_path) as (http, server):  # whose ttl is an hour
+        assert wait_until(lambda: status(http, id) == "failed", 10)
+        error = http.get(f"{PATH}/{id}").json()["error"]
+        assert error["message"] == "The picture that the video begins from could not be read for 3600 seconds."
+        assert server.engine.requests == []
+
+
 def test_a_completion_whose_answer_was_lost_is_one(tmp_path, breaks):
     with running(tmp_path, lease=5.0) as (http, server):
         breaks(JobStore, "complete", 1, after=True)
