@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ JOBS = sa.Table(
     sa.Column("crashes", sa.Integer, nullable=False),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("idempotency_key", sa.String(64)),
+    sa.Column("unread_since", sa.Double),
     sa.Index("video_jobs_by_status", "status", "id"),
     sa.Index("video_jobs_by_key", "idempotency_key", unique=True),
 )
@@ -109,6 +110,8 @@ class Job:
     """Bytes of its files."""
     idempotency_key: str | None = None
     """No two jobs have the same."""
+    unread_since: float | None = None
+    """When its picture could not be read, for the first of the tries up to the last one."""
 
     @classmethod
     def new(
@@ -196,15 +199,16 @@ class JobStore:
     async def waiting(self) -> int:
         return int(await self._scalar(_waiting()))
 
-    async def claim(self, model: str, lease: float, *, alone: bool = True) -> Job | None:
+    async def claim(self, model: str, lease: float, *, beside: Collection[str] = ()) -> Job | None:
         """Take the oldest job that waits, or whose claim has lapsed, for `lease` seconds.
 
-        One that came to nothing before is only for a server that makes nothing beside it, `alone`. Until then none is
-        taken: else it might wait for ever.
+        None if that is one of the server's own, which it has in hand and whose ids are `beside`: a video that it has
+        made, and could not write down while the database was away, is worth more than a new beginning. Nor one that
+        came to nothing before, while there is any beside it. Until then none is taken: else it might wait for ever.
         """
         free = sa.and_(JOBS.c.model == model, _free())
         while job := await self._first(sa.select(JOBS).where(free).order_by(JOBS.c.id).limit(1)):
-            if job.crashes and not alone:
+            if job.id in beside or (job.crashes and beside):
                 return None
             taken = {"status": "in_progress", "claim": secrets.token_hex(16), "lease": time.time() + lease}
             if await self._change(sa.update(JOBS).where(_held(job), free).values(**taken)):
@@ -212,18 +216,23 @@ class JobStore:
         return None
 
     async def renew(self, job: Job, *, progress: int, lease: float) -> bool:
-        """False when the job is no longer held under this claim: it was deleted, or taken over."""
-        furthest = sa.case((JOBS.c.progress < progress, progress), else_=JOBS.c.progress)
-        return await self._change(
-            sa.update(JOBS).where(_held(job)).values(progress=furthest, lease=time.time() + lease)
-        )
+        """False when the job is no longer held under this claim: it was deleted, or taken over.
 
-    async def release(self, job: Job, *, seconds: float = 0.0, crashed: bool = False) -> bool:
+        Neither progress nor lease falls, whatever comes last of two renewals that are under way.
+        """
+        until = time.time() + lease
+        furthest = sa.case((JOBS.c.progress < progress, progress), else_=JOBS.c.progress)
+        longest = sa.case((JOBS.c.lease < until, until), else_=JOBS.c.lease)
+        return await self._change(sa.update(JOBS).where(_held(job)).values(progress=furthest, lease=longest))
+
+    async def release(
+        self, job: Job, *, seconds: float = 0.0, crashed: bool = False, unread_since: float | None = None
+    ) -> bool:
         """Leave the job to whoever takes it next, after this many seconds.
 
         The claim is over: a renewal that is still under way does not find it any more, and keeps nobody waiting.
         """
-        values = {"claim": secrets.token_hex(16), "lease": time.time() + seconds}
+        values = {"claim": secrets.token_hex(16), "lease": time.time() + seconds, "unread_since": unread_since}
         crashes = JOBS.c.crashes + int(crashed)
         return await self._change(sa.update(JOBS).where(_held(job)).values(**values, crashes=crashes))
 

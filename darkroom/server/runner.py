@@ -39,7 +39,7 @@ class ClaimLost(Exception):
 
 
 class NotBegun(Exception):
-    """What the job begins from cannot be read now. Nothing is lost by trying again."""
+    """What the job begins from cannot be read now. Nothing is lost by trying again, but somebody waits for its end."""
 
 
 class VideoRunner:
@@ -55,7 +55,6 @@ class VideoRunner:
         self._metrics = metrics
         self._drain = drain
         self._running: dict[asyncio.Task[None], Job] = {}
-        """One job may be there twice: when this server was stalled, and took its own job over."""
         self._news = asyncio.Event()
 
     @property
@@ -144,7 +143,8 @@ class VideoRunner:
     async def _take(self) -> None:
         """Jobs, for as long as there is a place for them. Without an engine none would get anywhere."""
         while self._has_place and self._client.last_status.state == "ready" and not self._drain.is_on:
-            job = await self.jobs.claim(self._model, self.options.lease, alone=not self._running)
+            in_hand = [job.id for job in self._running.values()]
+            job = await self.jobs.claim(self._model, self.options.lease, beside=in_hand)
             if job is None:
                 return
             task = asyncio.create_task(self._run(job))
@@ -170,8 +170,7 @@ class VideoRunner:
             except EngineError as e:
                 await self._engine_failed(job, e)
             except NotBegun as e:
-                logger.warning("%s: %s", job.id, e)
-                await self.jobs.release(job, seconds=_BUSY_SECONDS)
+                await self._not_begun(job, e)
             except NotKept as e:
                 logger.error("%s: %s", job.id, e)
                 await self._try_again(job, "The video's files could not be kept", seconds=self.options.patience)
@@ -186,11 +185,12 @@ class VideoRunner:
                 await self._stores.clean(self._model)
 
     async def _complete(self, job: Job) -> None:
-        percent = size = 0
+        percent = 0
+        files: tuple[bytes, ...] = ()
         async with aclosing(interleave([self._make(job)], lambda: self._hold(job, lambda: percent))) as steps:
             async for _, step in steps:
-                percent, size = step
-        if not await self._stores.complete(job, size):  # when nothing renews: that would fail
+                percent, files = step
+        if not await self._stores.keep(job, files):  # when nothing else renews: that would fail once it is completed
             raise ClaimLost
 
     async def _hold(self, job: Job, percent: Callable[[], int]) -> NoReturn:
@@ -208,19 +208,17 @@ class VideoRunner:
                 raise ClaimLost
             await asyncio.sleep(self.options.renewal)
 
-    async def _make(self, job: Job) -> AsyncGenerator[tuple[int, int], None]:
-        """Yields how far it is in per cent, and at the end the bytes that were written."""
-        files: tuple[bytes, ...] = ()
+    async def _make(self, job: Job) -> AsyncGenerator[tuple[int, tuple[bytes, ...]], None]:
+        """Yields how far it is in per cent, and at the end the files."""
         request = msgspec.structs.replace(await self._read(job), stills=True)
         async with aclosing(self._client.generate(request)) as events:
             async for event in events:
                 self._metrics.observe(event)
                 match event:
                     case Progress(step=step, num_steps=num_steps):
-                        yield 99 * step // max(num_steps, 1), 0  # the last one is the file's
+                        yield 99 * step // max(num_steps, 1), ()  # the last one is the file's
                     case Finished():
-                        files = event.files
-        yield 99, await self._stores.put(job, files)
+                        yield 99, event.files
 
     async def _read(self, job: Job) -> Request:
         """Raises `NotBegun`, or what no waiting mends."""
@@ -230,6 +228,20 @@ class VideoRunner:
             raise
         except Exception as e:  # each store raises errors of its own
             raise NotBegun(f"its picture cannot be read: {e!r}") from e
+
+    async def _not_begun(self, job: Job, error: NotBegun) -> None:
+        """Wait for a store that is away; but what is never read would never end, as what is left in it without rights.
+
+        For as long as the client would have had to fetch the video: who asks after it has given up by then.
+        """
+        logger.warning("%s: %s", job.id, error)
+        now, ttl = time.time(), self.options.ttl
+        since = job.unread_since or now
+        if now - since < ttl:
+            await self.jobs.release(job, seconds=_BUSY_SECONDS, unread_since=since)
+        else:
+            message = f"The picture that the video begins from could not be read for {ttl:g} seconds."
+            await self._stores.fail(job, message)
 
     async def _engine_failed(self, job: Job, error: EngineError) -> None:
         logger.warning("%s: %s", job.id, error)
@@ -252,4 +264,9 @@ class VideoRunner:
 
 
 def _asked(job: Job) -> tuple[object, ...]:
-    return job.request, job.model, job.seconds, job.remixed_from, job.has_picture
+    """Compared as it is read, not as it is written: a version that knew fewer fields has written other text."""
+    try:
+        request: Request | str = job.read_request()
+    except msgspec.DecodeError:
+        request = job.request
+    return request, job.model, job.seconds, job.remixed_from, job.has_picture

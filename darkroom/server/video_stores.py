@@ -32,7 +32,7 @@ class VideoOptions:
     """Times are in seconds."""
 
     ttl: float = 86_400.0
-    """How long a finished job is kept."""
+    """How long a finished job is kept; and one that cannot begin, before it fails."""
     disk_budget: int | None = None
     """Bytes of all files; beyond it the videos that were completed first are deleted."""
     max_waiting: int = 256
@@ -63,18 +63,18 @@ class VideoStores:
         picture = await self.files.read(picture_name(job)) if job.has_picture else None
         return job.read_request(picture)
 
-    async def put(self, job: Job, files: Sequence[bytes]) -> int:
-        """A video, its thumbnail and its spritesheet; returns the number of bytes. Raises `NotKept`.
+    async def keep(self, job: Job, files: Sequence[bytes]) -> bool:
+        """Write down a video, its thumbnail and its spritesheet. False when the claim was lost. Raises `NotKept`.
 
-        The names tell of the claim: what comes of another one is not overwritten.
+        The names of files tell of the claim: what comes of another one is not overwritten.
         """
+        deadline = time.monotonic() + self.options.patience
+        with logged(f"cannot hold {job.id}, which is made"):  # without it, too, it may be that nobody takes the job
+            if not await self.jobs.renew(job, progress=99, lease=self.options.patience + self.options.lease):
+                return False
         for variant, content in zip(_ENDINGS, files, strict=True):
-            await self._patiently(partial(self.files.put, file_name(job, variant), content))
-        return sum(map(len, files))
-
-    async def complete(self, job: Job, size: int) -> bool:
-        """False when the claim was lost. Raises `NotKept`."""
-        return await self._patiently(partial(self._complete, job, size))
+            await self._patiently(partial(self.files.put, file_name(job, variant), content), deadline)
+        return await self._patiently(partial(self._complete, job, sum(map(len, files))), deadline)
 
     async def _complete(self, job: Job, size: int) -> bool:
         if await self.jobs.complete(job, size=size, ttl=self.options.ttl):
@@ -84,7 +84,8 @@ class VideoStores:
 
     async def fail(self, job: Job, message: str, code: str = "server_error") -> None:
         """Raises `NotKept`."""
-        if await self._patiently(partial(self.jobs.fail, job, code=code, message=message, ttl=self.options.ttl)):
+        write = partial(self.jobs.fail, job, code=code, message=message, ttl=self.options.ttl)
+        if await self._patiently(write, time.monotonic() + self.options.patience):
             await self.discard(job)
 
     async def delete(self, job: Job) -> bool:
@@ -100,9 +101,8 @@ class VideoStores:
         if job.claim:
             await self.files.delete(*(file_name(job, variant) for variant in _ENDINGS))
 
-    async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, write: Callable[[], Awaitable[T]], deadline: float) -> T:
         """What the call gives, tried again while a store is away."""
-        deadline = time.monotonic() + self.options.patience
         while True:
             try:
                 return await write()

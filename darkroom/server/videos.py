@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
+import msgspec
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.config import Limits
@@ -91,7 +93,7 @@ class Video:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoList:
+class VideoList:  # for the document
     object: Literal["list"] = "list"
     data: list[Video]
     first_id: str | None
@@ -140,8 +142,8 @@ async def create_video(http: HttpRequest, context: Shared, runner: Runner) -> Vi
     return await _submit(http, runner, *new)
 
 
-@router.get("/v1/videos", openapi_extra=document.query(**_LIST))
-async def list_videos(http: HttpRequest, runner: Runner) -> VideoList:
+@router.get("/v1/videos", response_model=VideoList, openapi_extra=document.query(**_LIST))
+async def list_videos(http: HttpRequest, runner: Runner) -> Response:
     """Newest first. The cursor `after` is a video's id."""
     query = http.query_params
     after, limit, order = query.get("after"), _limit(query.get("limit")), query.get("order", "desc")
@@ -150,7 +152,7 @@ async def list_videos(http: HttpRequest, runner: Runner) -> VideoList:
     if after is not None and not is_id(after):
         raise _not_found(after, param="after")
     jobs = await runner.jobs.page(after=after, limit=limit + 1, newest_first=order == "desc")
-    return _page(jobs, limit)
+    return StreamingResponse(_page(jobs, limit), media_type="application/json")
 
 
 @router.post("/v1/videos/edits")
@@ -227,7 +229,7 @@ def makes_videos(capabilities: Capabilities) -> bool:
 async def _submit(http: HttpRequest, runner: VideoRunner, job: Job, picture: bytes | None) -> Video:
     accepted = await runner.submit(job, picture)
     trail = trail_of(http)
-    trail.asked, trail.video = accepted.read_request(), accepted.id
+    trail.asked, trail.video = job.read_request(), accepted.id  # what was accepted another version may have written
     return Video.of(accepted)
 
 
@@ -286,8 +288,15 @@ def _limit(text: str | None) -> int:
     return int(text)
 
 
-def _page(jobs: Sequence[Job], limit: int) -> VideoList:
-    """Of one job more than the page has, if there are so many."""
-    data = [Video.of(job) for job in jobs[:limit]]
-    ends = (data[0].id, data[-1].id) if data else (None, None)
-    return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=limit > 0 and len(jobs) > limit)
+async def _page(jobs: Sequence[Job], limit: int) -> AsyncIterator[bytes]:
+    """A `VideoList` of one job more than the page has, if there are so many.
+
+    With a turn for others after each video: prompts may be long, and a hundred of them kept the event loop for 100 ms.
+    """
+    shown = jobs[:limit]
+    ends = {"first_id": shown[0].id, "last_id": shown[-1].id} if shown else {"first_id": None, "last_id": None}
+    yield b'{"object":"list","data":['
+    for i, job in enumerate(shown):
+        yield (b"," if i else b"") + msgspec.json.encode(Video.of(job))
+        await asyncio.sleep(0)
+    yield b"]," + msgspec.json.encode({**ends, "has_more": limit > 0 and len(jobs) > limit})[1:]

@@ -12,6 +12,7 @@ from tests.golden import picture_file
 
 from .conftest import VIDEO_CAPABILITIES, serving
 from .engine import ScriptedEngine, slow, video, wait_until
+from .test_runner import sql
 
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos"
 PICTURE = picture_file(64, 48)
@@ -86,6 +87,18 @@ def test_a_video_whose_picture_is_gone_is_not_made_twice(videos: httpx.Client, t
     (tmp_path / "files" / f"{first}.input").unlink()
     assert ask(videos, "a").json()["id"] == first
     assert ask(videos, "a", prompt="y").status_code == 400
+
+
+def test_a_video_that_was_asked_for_before_an_upgrade_is_the_same_job(videos: httpx.Client, tmp_path: Path) -> None:
+    ids = {key: ask(videos, key).json()["id"] for key in ("a", "b", "c")}
+    fewer, more = ("json_remove(request, '$.stills', '$.strength')", "json_insert(request, '$.later', 5)")
+    for key, stored in (("a", fewer), ("b", more), ("c", "json_remove(request, '$.prompt')")):
+        sql(tmp_path, f"UPDATE video_jobs SET request = {stored} WHERE id = '{ids[key]}'")
+    for key in ("a", "b"):
+        assert ask(videos, key).json()["id"] == ids[key]
+        assert ask(videos, key, prompt="y").status_code == 400
+    cannot_be_read = ask(videos, "c")
+    assert (cannot_be_read.status_code, cannot_be_read.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
 def test_a_remix_too(videos: httpx.Client) -> None:

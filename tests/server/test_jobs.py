@@ -66,6 +66,7 @@ def test_a_job_is_read_as_it_was_written(url):
         size=2**40,
         status="failed",
         idempotency_key="k",
+        unread_since=2.5,
     )
 
     async def test(jobs: JobStore) -> None:
@@ -248,11 +249,39 @@ def test_a_job_that_came_to_nothing_is_for_a_server_that_makes_no_other(url):
         first, second = sorted((job(), job()), key=lambda one: one.id)
         await jobs.add(replace(first, crashes=1))
         await jobs.add(second)
-        assert await jobs.claim("m", 10, alone=False) is None  # nor what came later: the first would wait for ever
+        assert await jobs.claim("m", 10, beside=["x"]) is None  # nor what came later: the first would wait for ever
         taken = await jobs.claim("m", 10)
         assert taken and taken.crashes == 1
-        later = await jobs.claim("m", 10, alone=False)
+        later = await jobs.claim("m", 10, beside=[taken.id])
         assert later and later.crashes == 0
+
+    using(url, test)
+
+
+def test_no_server_claims_what_it_has_in_hand(url):
+    async def test(jobs: JobStore) -> None:
+        first, second = sorted((job(), job()), key=lambda one: one.id)
+        await jobs.add(first)
+        await jobs.add(second)
+        mine = await jobs.claim("m", -1)
+        assert mine and mine.id == first.id
+        assert await jobs.claim("m", 10, beside=[mine.id]) is None
+        assert await jobs.renew(mine, progress=0, lease=60)
+        other = await jobs.claim("m", 10, beside=[mine.id])
+        assert other and other.id == second.id
+
+    using(url, test)
+
+
+def test_no_renewal_makes_a_claim_shorter(url):
+    async def test(jobs: JobStore) -> None:
+        await jobs.add(job())
+        mine = await jobs.claim("m", 10)
+        assert mine and await jobs.renew(mine, progress=0, lease=60)
+        longest = (await jobs.get(mine.id)).lease
+        assert longest > mine.lease + 40
+        assert await jobs.renew(mine, progress=0, lease=1)  # as one that was under way before
+        assert (await jobs.get(mine.id)).lease == longest
 
     using(url, test)
 

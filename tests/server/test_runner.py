@@ -75,7 +75,7 @@ def test_a_stopped_server_leaves_its_work_to_the_next(tmp_path):
 
 
 def test_a_server_that_drains_ends_what_it_has_begun_and_takes_nothing_new(tmp_path):
-    with running(tmp_path, _waits_for(tmp_path / "go")) as (http, server):
+    with running(tmp_path, waits_for(tmp_path / "go")) as (http, server):
         ids = [create(http) for _ in range(3)]
         assert wait_until(lambda: len(server.engine.requests) == 2)
         drain = server.drain
@@ -218,7 +218,7 @@ def test_what_another_server_holds_is_cancelled_by_a_delete(tmp_path):
 def test_a_server_that_says_nothing_loses_its_job_and_cannot_end_it(tmp_path):
     """Its claim is gone: what it makes of the job in the end is thrown away."""
     with ExitStack() as stack:
-        a, first = stack.enter_context(running(tmp_path, _waits_for(tmp_path / "go"), renewal=60.0, lease=0.3))
+        a, first = stack.enter_context(running(tmp_path, waits_for(tmp_path / "go"), renewal=60.0, lease=0.3))
         id = create(a)
         assert wait_until(lambda: len(first.engine.requests) == 1, 5)
         b, second = stack.enter_context(running(tmp_path, video))
@@ -231,7 +231,7 @@ def test_a_server_that_says_nothing_loses_its_job_and_cannot_end_it(tmp_path):
         assert len(list((tmp_path / "files").glob(f"{id}*"))) == 3
 
 
-def _waits_for(file: Path):
+def waits_for(file: Path):
     def script(message):
         while not file.exists():
             yield 0.02

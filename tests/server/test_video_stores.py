@@ -20,7 +20,7 @@ from darkroom.server.video_stores import VideoOptions, open_videos
 
 from .conftest import CAPABILITIES, VIDEO_CAPABILITIES
 from .engine import slow, video, wait_until
-from .test_runner import PATH, PICTURE, create, running, sql, status
+from .test_runner import PATH, PICTURE, create, running, sql, status, waits_for
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
@@ -144,6 +144,29 @@ def test_a_picture_that_cannot_be_read_for_a_while_costs_no_video(tmp_path, brea
         assert len(server.engine.requests) == 1 and sql(tmp_path, "SELECT crashes FROM video_jobs") == [(0,)]
 
 
+def test_a_picture_that_can_never_be_read_fails_its_video_in_the_end(tmp_path, monkeypatch):
+    """Also when no server lives for that long."""
+    monkeypatch.setattr("darkroom.server.runner._BUSY_SECONDS", 0.1)
+    with running(tmp_path, slow) as (http, _):
+        body = {"data": {"prompt": "x", "num_frames": "1"}, "files": {"input_reference": PICTURE}}
+        id = http.post(PATH, **body).json()["id"]
+    picture = tmp_path / "files" / f"{id}.input"
+    picture.unlink()
+    picture.symlink_to(picture)  # which nobody can read; a file without rights root could
+    for _ in range(2):
+        with running(tmp_path) as (http, _):
+            before = sql(tmp_path, "SELECT claim FROM video_jobs")
+            assert wait_until(lambda before=before: sql(tmp_path, "SELECT claim FROM video_jobs") != before, 10)
+            time.sleep(0.5)
+            assert status(http, id) == "in_progress"
+        sql(tmp_path, "UPDATE video_jobs SET unread_since = unread_since - 1800")
+    with running(tmp_path) as (http, server):  # whose ttl is an hour
+        assert wait_until(lambda: status(http, id) == "failed", 10)
+        error = http.get(f"{PATH}/{id}").json()["error"]
+        assert error["message"] == "The picture that the video begins from could not be read for 3600 seconds."
+        assert server.engine.requests == []
+
+
 def test_a_completion_whose_answer_was_lost_is_one(tmp_path, breaks):
     with running(tmp_path, lease=5.0) as (http, server):
         breaks(JobStore, "complete", 1, after=True)
@@ -189,6 +212,48 @@ def test_a_job_that_cannot_be_completed_now_is_made_again_later(tmp_path):
         sql(tmp_path, "DROP TRIGGER full")
         assert wait_until(lambda: status(http, id) == "completed", 10)
         assert len(server.engine.requests) == 2
+
+
+def refuse_writes(folder: Path, condition: str) -> None:
+    """To such jobs, by whichever server, until `allow_writes`."""
+    sql(
+        folder,
+        f"CREATE TRIGGER away BEFORE UPDATE ON video_jobs WHEN {condition} BEGIN SELECT RAISE(ABORT, 'away'); END",
+    )
+
+
+def allow_writes(folder: Path) -> None:
+    sql(folder, "DROP TRIGGER away")
+
+
+def test_no_server_takes_a_video_that_is_made_and_waits_to_be_written_down(tmp_path):
+    """For longer than the lease, after which a server that makes one is taken for dead."""
+    with running(tmp_path, waits_for(tmp_path / "go")) as (a, first):
+        id = create(a)
+        assert wait_until(lambda: len(first.engine.requests) == 1, 5)
+        refuse_writes(tmp_path, "NEW.status = 'completed'")
+        with running(tmp_path) as (b, second):
+            (tmp_path / "go").touch()
+            time.sleep(2.0)
+            assert status(b, id) == "in_progress"
+            allow_writes(tmp_path)
+            assert wait_until(lambda: status(b, id) == "completed", 10)
+            assert (len(first.engine.requests), len(second.engine.requests)) == (1, 0)
+
+
+def test_a_server_does_not_take_over_what_it_has_made_itself(tmp_path):
+    """The database went away before the video was made: nothing says that it waits to be written down."""
+    with running(tmp_path, waits_for(tmp_path / "go"), lease=1.5) as (http, server):
+        id = create(http)
+        assert wait_until(lambda: len(server.engine.requests) == 1, 5)
+        refuse_writes(tmp_path, "NEW.claim = OLD.claim")
+        (tmp_path / "go").touch()
+        assert wait_until(lambda: len(list((tmp_path / "files").glob("*.jpg"))) == 1, 1.4)
+        time.sleep(2.5)
+        assert sql(tmp_path, "SELECT lease < unixepoch() FROM video_jobs") == [(1,)]
+        allow_writes(tmp_path)
+        assert wait_until(lambda: status(http, id) == "completed", 10)
+        assert len(server.engine.requests) == 1
 
 
 def test_what_waiting_does_not_mend_fails_at_once(tmp_path):

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import av
 import httpx
+import msgspec
 import openai
 import psutil
 import pytest
@@ -21,9 +23,11 @@ from PIL import Image
 
 from darkroom.configs.config import Limits
 from darkroom.engine.messages import Progress, Refusal, Status
+from darkroom.server.jobs import Job
 
 from .conftest import NAME, QUICK, VIDEO_CAPABILITIES, Server, serving
 from .engine import ScriptedEngine, failing, finished, slow, video, wait_until
+from .test_jobs import REQUEST
 from .test_uploads import HOSTILE, data_url
 
 PATH = "/v1/videos"
@@ -435,6 +439,33 @@ def test_pages(http, engine):
     assert page["data"][0]["id"] == newest[-1]
     assert http.get(PATH, params={"limit": 0}).json()["has_more"] is False
     assert http.get(PATH, params={"after": newest[-1]}).json()["data"] == []
+
+
+def test_a_list_of_the_longest_prompts_leaves_the_event_loop_its_turns(http, server):
+    """None of them computes for longer than 20 ms."""
+    prompt = "\x01\U0001f600" * 16_000  # which are 10 bytes of JSON a pair
+    request = msgspec.structs.replace(REQUEST, prompt=prompt, negative_prompt=prompt)
+    jobs = [Job.new(request, model="m", seconds="4")[0] for _ in range(100)]
+
+    async def add() -> None:
+        for job in jobs:
+            await server.app.state.context.videos.jobs.add(job)
+
+    async def watch() -> float:
+        longest, before = 0.0, time.thread_time()
+        while not is_over.is_set():
+            await asyncio.sleep(0)
+            longest, before = max(longest, time.thread_time() - before), time.thread_time()
+        return longest
+
+    assert http.get(PATH).json()["data"] == []  # FastAPI builds its routes at the first request
+    asyncio.run_coroutine_threadsafe(add(), server.loop).result(30)
+    is_over = threading.Event()
+    watching = asyncio.run_coroutine_threadsafe(watch(), server.loop)
+    listed = http.get(PATH, params={"limit": 100}).json()["data"]
+    is_over.set()
+    assert watching.result(5) < 0.02
+    assert [video["prompt"] for video in listed] == [prompt] * 100
 
 
 @pytest.mark.parametrize("stored", ['{"prompt": "old", "width": 64, "height": 48, "x": 1}', "nonsense"])

@@ -14,7 +14,8 @@ from .engine import ScriptedEngine, video
 def main(folder: Path) -> None:
     with ScriptedEngine() as engine:
         engine.script = video
-        options = replace(QUICK, max_waiting=1000, concurrency=3, lease=2.0)
+        # What is killed while a video is written down holds its job for as long as the patience: here no 5 minutes.
+        options = replace(QUICK, max_waiting=1000, concurrency=3, lease=2.0, patience=5.0)
         with serving(engine, capabilities=VIDEO_CAPABILITIES, folder=folder, options=options) as server:
             print(server.url, flush=True)
             time.sleep(600)
