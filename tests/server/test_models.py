@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import time
 
+import httpx
 import openai
 import pytest
 
-from .conftest import CAPABILITIES, NAME, serving
+from tests.golden import picture_file
+
+from .conftest import CAPABILITIES, NAME, VIDEO_CAPABILITIES, serving
+from .engine import ScriptedEngine
 
 
 def test_the_list_holds_the_one_model(http):
@@ -49,3 +53,25 @@ def test_models_cannot_be_deleted(sdk):
 def test_a_folder_as_a_name(engine):
     with serving(engine, name="/models/demo") as other, openai.OpenAI(base_url=f"{other.url}/v1", api_key="x") as sdk:
         assert sdk.models.retrieve("/models/demo").id == "/models/demo"
+
+
+def test_a_model_that_makes_pictures_makes_no_videos(http):
+    for response in (http.post("/v1/videos", json={"prompt": "x"}), http.get("/v1/videos"), http.get("/v1/videos/x")):
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "model") and "text-to-image" in error["message"]
+
+
+@pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
+def test_a_model_with_one_of_the_tasks_of_videos(tmp_path, task):
+    capabilities = VIDEO_CAPABILITIES.override({"tasks": (task,)})
+    with (
+        ScriptedEngine() as engine,
+        serving(engine, capabilities=capabilities, folder=tmp_path) as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        files = {"input_reference": picture_file(64, 48)}
+        with_picture = http.post("/v1/videos", data={"prompt": "x"}, files=files)
+        without = http.post("/v1/videos", json={"prompt": "x"})
+        good, bad = (without, with_picture) if task == "text-to-video" else (with_picture, without)
+        assert good.status_code == 200
+        assert (bad.status_code, bad.json()["error"]["param"]) == (400, "input_reference")

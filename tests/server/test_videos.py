@@ -775,27 +775,3 @@ def test_the_async_sdk(server):
             return content.read()
 
     assert facts(asyncio.run(use())) == (128, 96, 17, 16.0)
-
-
-# ---- models without videos -------------------------------------------------------------------------------------------
-
-
-def test_a_model_that_makes_pictures_says_so(tmp_path):
-    with ScriptedEngine() as engine, serving(engine) as server, httpx.Client(base_url=server.url) as http:
-        for response in (http.post(PATH, json={"prompt": "x"}), http.get(PATH), http.get(f"{PATH}/video_1")):
-            assert "text-to-image" in refused(response)
-
-
-@pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
-def test_a_model_with_one_of_the_tasks(tmp_path, task):
-    capabilities = VIDEO_CAPABILITIES.override({"tasks": (task,)})
-    with (
-        ScriptedEngine() as engine,
-        serving(engine, capabilities=capabilities, folder=tmp_path) as server,
-        httpx.Client(base_url=server.url) as http,
-    ):
-        with_picture = http.post(PATH, data={"prompt": "x"}, files={"input_reference": picture()})
-        without = http.post(PATH, json={"prompt": "x"})
-        good, bad = (without, with_picture) if task == "text-to-video" else (with_picture, without)
-        assert good.status_code == 200
-        refused(bad, 400, "input_reference")
