@@ -10,8 +10,8 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
 
 import uvicorn
@@ -35,6 +35,7 @@ from .videos import makes_videos
 
 _STOP_SECONDS = 2
 """What a request that is under way gets to end by itself at an interrupt, and after the drain at SIGTERM."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_server(config: ServeConfig, engine_config: EngineConfig, capabilities: Capabilities, table: str) -> int:
@@ -44,8 +45,9 @@ def run_server(config: ServeConfig, engine_config: EngineConfig, capabilities: C
     listener = _listen(config)
     url = _url(listener, "https" if tls else "http") + config.root_path
     print(f"{table}\n  {'address':<10} {url}", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn handles them, and raises them again when it has stopped
+    for number in _SIGNALS:  # uvicorn handles them, and raises them again when it has stopped
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until it does: one that comes while this starts is not lost
     with listener, EngineProcess(engine_config) as engine:
         return asyncio.run(_serve(config, capabilities, engine, listener, tls, url))
 
@@ -145,6 +147,12 @@ class _Server(uvicorn.Server):
         self._drain_timeout = drain_timeout
         self._told = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            yield
 
     def stop(self) -> None:
         """At once."""
