@@ -23,6 +23,7 @@ from tests import tiny
 from tests.golden import worker
 from tests.matrix import refusal
 from tests.ranks import run_ranks
+from tests.subjects import SUBJECTS
 
 
 def config(model: Path | str = "demo", **values: Any) -> EngineConfig:
@@ -257,10 +258,11 @@ def size_of(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize(
     "size", [pytest.param(size, marks=[pytest.mark.matrix] if size > 2 else []) for size in LAYOUTS]
 )
-def test_the_footprint_is_what_each_rank_holds(size: int, checkpoints: dict[str, Path]) -> None:
-    folders = [
-        (folder, [layout for layout in LAYOUTS[size] if not refusal(layout, folder)]) for folder in checkpoints.values()
-    ]
+def test_the_footprint_is_what_each_rank_holds(size: int, checkpoints: dict[str, Path], whole_matrix: bool) -> None:
+    """Of each family, and in the whole matrix of all variants."""
+    firsts = [f"{name}_{next(iter(one.variants))}" for name, one in SUBJECTS.items()]
+    chosen = [checkpoints[name] for name in (checkpoints if whole_matrix else firsts)]
+    folders = [(folder, [layout for layout in LAYOUTS[size] if not refusal(layout, folder)]) for folder in chosen]
     expected = [
         Checkpoint.open(str(folder)).footprint(ParallelConfig.model_validate(layout), "float32")
         for folder, layouts in folders

@@ -271,8 +271,8 @@ def test_no_more_wait_than_may_though_all_come_at_once(tmp_path):
         def post(_: int) -> httpx.Response:
             return http.post(PATH, data={"prompt": "x", "num_frames": "1"}, files={"input_reference": PICTURE})
 
-        answers = list(pool.map(post, range(40)))
-        assert sorted(answer.status_code for answer in answers) == [200] * 2 + [429] * 38
+        answers = list(pool.map(post, range(12)))  # a decoder's process is started for each
+        assert sorted(answer.status_code for answer in answers) == [200] * 2 + [429] * 10
         assert all(int(answer.headers["retry-after"]) > 0 for answer in answers if answer.status_code == 429)
         assert len(list((tmp_path / "files").iterdir())) == 2
 
