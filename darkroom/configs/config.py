@@ -154,7 +154,9 @@ class ServeConfig(Limits, OperationsConfig, EngineConfig, _CommandLine):
         None, description="SQLAlchemy URL of that database, such as postgresql://...; by default SQLite in --data-dir"
     )
     files_url: str | None = Field(None, description="s3://bucket/prefix for videos; by default they are in --data-dir")
-    job_ttl: float = Field(86_400.0, gt=0, le=10**9, description="seconds after which a finished video is deleted")
+    job_ttl: float = Field(
+        86_400.0, gt=0, le=10**9, description="seconds after which a video is deleted, and fails if it cannot begin"
+    )
     disk_budget: float | None = Field(
         None, gt=0, le=10**9, description="gigabytes of videos, beyond which the oldest are deleted; any, if not given"
     )
