@@ -16,16 +16,12 @@ from tests.subjects import SUBJECTS
 
 torch.set_num_threads(1)
 
-LONGEST = ("test_matrix.py", "test_run.py", "test_engine.py", "test_runner.py", "test_models_page.py", "test_cli.py")
-"""Files that come first: one that a worker began at the end would keep it busy when all others have nothing to do."""
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="try every family in every layout, not in a subset")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not config.getoption("--matrix"):
         for item in items:
             if item.get_closest_marker("matrix"):
