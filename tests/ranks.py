@@ -7,8 +7,8 @@
 
     assert run_ranks(rank_sum, 2, 10) == [21, 21]
 
-Ranks are forked from one server process, made at the first call, that has torch and diffusers in memory already: a
-group starts in a fraction of a second instead of seven. Still, put the cases that share a group into one call.
+Ranks are forked from one server process, made at the first call, that has in memory already what they import: a
+group starts in a tenth of a second instead of seven. Still, put the cases that share a group into one call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["pytest", "torch.distributed", "diffusers.models.autoencoders", "diffusers.models.transformers"]
+PRELOAD = ["tests.subjects"]  # brings pytest, torch, diffusers and all of darkroom's models with it
 
 Result = TypeVar("Result")
 
