@@ -695,10 +695,14 @@ def _save_processor(folder: Path, name: str) -> None:
 
 def _text_encoder(hidden: int, heads: int, kv_heads: int) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(1)
+    return Qwen2_5_VLForConditionalGeneration(qwen2_5_vl_config(hidden, heads, kv_heads))
+
+
+def qwen2_5_vl_config(hidden: int, heads: int, kv_heads: int) -> Qwen2_5_VLConfig:
     demo: dict[str, Any] = json.loads((DEMO / "text_encoder" / "config.json").read_text())
     text = demo["text_config"]
     rope = {**text["rope_parameters"], "mrope_section": [2, 3, 3]}
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         **{name: id for name, id in demo.items() if name.endswith("token_id")},
         text_config={
             **text,
@@ -716,4 +720,3 @@ def _text_encoder(hidden: int, heads: int, kv_heads: int) -> Qwen2_5_VLForCondit
             "intermediate_size": 32,
         },
     )
-    return Qwen2_5_VLForConditionalGeneration(config)

@@ -89,7 +89,7 @@ def _axis(component: Component, mesh: Mesh) -> Axis | None:
 
 def _component(checkpoint: Checkpoint, name: str, axis: Axis, device: torch.device, dtype: torch.dtype) -> nn.Module:
     component, config = checkpoint.family.components[name], checkpoint.configs[name]
-    module = _empty(component, checkpoint.folder / name, config).eval().requires_grad_(False)
+    module = _empty(component, checkpoint.folder / name, config, dtype).eval().requires_grad_(False)
     shard(module, component.plan, config, axis)
     exact = component.exact_in(str(dtype).removeprefix("torch."))
     report = load(module, checkpoint.tensors(name), component.plan, config, axis, device, dtype, exact)
@@ -114,11 +114,14 @@ def _whole(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch
 def _absent(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Module:
     """What a rank has of a component that other ranks hold: its config, and no memory."""
     component = checkpoint.family.components[name]
-    return _empty(component, checkpoint.folder / name, checkpoint.configs[name]).to("meta", dtype)
+    return _empty(component, checkpoint.folder / name, checkpoint.configs[name], dtype).to("meta", dtype)
 
 
-def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The class with its parameters on the meta device; buffers that it computes are real."""
+def _empty(component: Component, folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The class with its parameters on the meta device; buffers that it computes are real.
+
+    Some of transformers' are in the default `dtype`, as embeddings' scales: config.json's would be the trained one's.
+    """
     cls = getattr(importlib.import_module(component.module), component.name)
     with init_empty_weights(include_buffers=False):
         if component.module.startswith("diffusers."):
@@ -127,7 +130,8 @@ def _empty(component: Component, folder: Path, config: Mapping[str, Any]) -> nn.
             hf_config: Any = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, **component.settings
             )
-            module = cls._from_config(getattr(hf_config, component.section) if component.section else hf_config)
+            section = getattr(hf_config, component.section) if component.section else hf_config
+            module = cls._from_config(section, dtype=dtype)
     use_processors(module, component)
     if component.unread:
         for layer in module.get_submodule(component.unread)[-component.unread_layers :]:

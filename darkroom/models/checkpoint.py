@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from darkroom.configs.config import EngineConfig
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.parallel import ParallelConfig
 from darkroom.parallel.loading import Stored, elements_per_rank, find_weights, is_exact, read_headers
-from darkroom.parallel.plan import Plan, lookup
+from darkroom.parallel.plan import Plan, head_counts, lookup
 
 from . import MODELS, hub
 from .base import Component, Model
@@ -80,7 +80,7 @@ class Checkpoint:
         config = read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
         config |= {name: config for name in component.nested if name not in config}
         section: Mapping[str, Any] = config.get(component.section, config) if component.section else config
-        for key in _head_counts(component.plan):
+        for key in head_counts(component.plan):
             try:
                 lookup(section, key)
             except (KeyError, TypeError, ValueError):
@@ -159,7 +159,7 @@ class Checkpoint:
 
     def _heads(self, name: str, plan: Plan) -> float:
         """How many heads a component has; without a plan that cuts them, as many as one likes."""
-        count = next(_head_counts(plan), None)
+        count = next(head_counts(plan), None)
         return lookup(self.configs[name], count) if count else math.inf
 
     def notes(self, config: ParallelConfig) -> list[str]:
@@ -207,14 +207,6 @@ _OTHER_FLAGS = {"ulysses": "--usp", "ring": "--ring", "tp": "--tp"}
 
 def _instead(flags: list[str]) -> str:
     return f"use {' or '.join(flags)} for more ranks" if flags else "use one rank, and several servers for more"
-
-
-def _head_counts(plan: Plan) -> Iterator[str]:
-    """The keys of config.json that the plan reads."""
-    for style in plan.tensor.values():
-        for cut in (style, *getattr(style, "parts", ())):
-            if heads := getattr(cut, "heads", None):
-                yield from filter(None, (heads.count, heads.kv_count))
 
 
 def _without_last(tensors: Mapping[str, Stored], layers: str, count: int) -> dict[str, Stored]:

@@ -17,7 +17,8 @@ from darkroom.parallel.plan import Colwise
 from .autoencoder_kl import VAE
 from .base import PROMPTS, Component, Sample, noise_generator
 from .flux_form import FluxForm, transformer_plan
-from .text_encoders import QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, processor_files
+from .language_models import QWEN2_5_VL, QWEN2_5_VL_WITH_VISION
+from .text_encoders import processor_files
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from darkroom.parallel.plan import Colwise, Part
 from .autoencoder_kl import VAE
 from .base import Component
 from .flux_form import FluxForm, transformer_plan
-from .text_encoders import QWEN3
+from .language_models import QWEN3
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from darkroom.parallel.plan import (
 from .autoencoder_causal import AutoencoderCausalModel, vae
 from .base import Component, Sample, noise_generator, with_context
 from .from_picture import begin
-from .text_encoders import QWEN2_5_VL
+from .language_models import QWEN2_5_VL
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,9 @@ from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
 
 from .base import PROMPTS, Model, Sample, noise_generator
+from .language_models import QWEN2_5_VL_WITH_VISION
 from .qwen_image import QwenImage
-from .text_encoders import QWEN2_5_VL_WITH_VISION, processor_files
+from .text_encoders import processor_files
 
 if TYPE_CHECKING:
     import torch

@@ -47,15 +47,6 @@ class Source:
         args = [] if found is None else [*found.args.args, *found.args.kwonlyargs]
         return any(x.arg == parameter and x.annotation and "None" in ast.unparse(x.annotation) for x in args)
 
-    def only_calls(self, part: str) -> bool:
-        """Whether the pipeline's file does no more with a part than call it and ask for its dtype and device.
-
-        It then cannot tell a language model from its body, if the hidden states are all that it takes.
-        """
-        named = rf"\b{re.escape(part)}\."
-        used = set(re.findall(rf"{named}(\w+)", self.text))
-        return used <= {"dtype", "device"} and not re.search(r"\.(logits|generate)\b", self.text)
-
     def constant(self, name: str) -> Any:
         """What `__init__` assigns to `self.<name>`, where that is a literal."""
         for node in ast.walk(self.node):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from .base import Component, Model
 from .json_file import read_json
 from .stock import Source, find_class
 from .stock_capabilities import capabilities
+from .stock_encoders import cut_encoder
 from .stock_plans import sequence_plan, tensor_plan
-from .text_encoders import BY_CLASS
 
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
 _VIDEO = {"num_frames", "frames", "video_length", "video"}
@@ -90,8 +89,8 @@ def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dic
             raise ConfigError(f"model_index.json takes '{part}' from {library}: only diffusers' and transformers' run")
         if not (folder / part / "config.json").is_file():
             continue
-        if name in BY_CLASS and pipeline.only_calls(part):
-            components[part] = _without_unread(BY_CLASS[name], pipeline, _config(folder / part))
+        if cut := cut_encoder(part, name, pipeline, _config(folder / part)):
+            components[part] = cut
             continue
         plan = _plan(part, name, folder)
         components[part] = Component(
@@ -101,14 +100,6 @@ def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dic
             ranks="tp" if plan.tensor else "all",
         )
     return components
-
-
-def _without_unread(encoder: Component, pipeline: Source, config: Mapping[str, Any]) -> Component:
-    """Without the last layers of which nobody reads what they make, where the pipeline names the layers that it reads:
-    hidden state n is what layer n, counted from zero, is given."""
-    read = pipeline.parameters("__call__").get("text_encoder_out_layers")
-    unread = config.get("num_hidden_layers", 0) - max(read) if read else 0
-    return replace(encoder, unread="layers", unread_layers=unread) if unread > 0 else encoder
 
 
 def _plan(part: str, name: str, folder: Path) -> Plan:

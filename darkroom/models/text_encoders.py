@@ -1,4 +1,4 @@
-"""The text encoders that several families use: which class computes their hidden states, and how it is cut."""
+"""CLIP and T5, the encoders that several pipelines use: which class computes what is read, and how it is cut."""
 
 from __future__ import annotations
 
@@ -9,85 +9,13 @@ from darkroom.parallel.plan import (
     EmbeddingColumns,
     HeadBias,
     Heads,
-    KeyValueGroups,
     LocalHeads,
-    Part,
     Plan,
     Rowwise,
     TensorStyle,
 )
 
 from .base import Component
-
-
-def _decoder(prefix: str, heads: Heads) -> dict[str, TensorStyle]:
-    """The layers of a language model with grouped-query attention and a gated MLP."""
-    layer = f"{prefix}layers.*"
-    return {
-        f"{prefix}embed_tokens": EmbeddingColumns(),
-        f"{layer}.self_attn.q_proj": Colwise(heads),
-        f"{layer}.self_attn.k_proj": Colwise(heads, is_kv=True),
-        f"{layer}.self_attn.v_proj": Colwise(heads, is_kv=True),
-        f"{layer}.self_attn.o_proj": Rowwise(heads),
-        f"{layer}.self_attn": KeyValueGroups(heads, "num_key_value_groups"),
-        f"{layer}.mlp.gate_proj": Colwise(),
-        f"{layer}.mlp.up_proj": Colwise(),
-        f"{layer}.mlp.down_proj": Rowwise(),
-    }
-
-
-DECODER = Plan(tensor=_decoder("", Heads("num_attention_heads", "num_key_value_heads")))
-
-_VISION_HEADS = Heads("vision_config.num_heads")
-_VISION: dict[str, TensorStyle] = {
-    "visual.blocks.*.attn.qkv": Colwise(parts=(Part(heads=_VISION_HEADS),) * 3),
-    "visual.blocks.*.attn.proj": Rowwise(_VISION_HEADS),
-    "visual.blocks.*.attn": LocalHeads(_VISION_HEADS, "num_heads"),
-    "visual.blocks.*.mlp.gate_proj": Colwise(),
-    "visual.blocks.*.mlp.up_proj": Colwise(),
-    "visual.blocks.*.mlp.down_proj": Rowwise(),
-    "visual.merger.mlp.0": Colwise(),
-    "visual.merger.mlp.2": Rowwise(),
-}
-
-QWEN2_5_VL = Component(  # the vision tower and the vocabulary's logits are not needed for text alone
-    module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-    name="Qwen2_5_VLTextModel",
-    plan=DECODER,
-    ranks="world",
-    section="text_config",
-    prefixes={"model.language_model.": "", "model.": ""},
-    leave_out=("model.visual.", "visual.", "lm_head."),
-)
-
-QWEN2_5_VL_WITH_VISION = Component(
-    module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-    name="Qwen2_5_VLModel",
-    plan=Plan(
-        tensor={
-            **_decoder("language_model.", Heads("text_config.num_attention_heads", "text_config.num_key_value_heads")),
-            **_VISION,
-        }
-    ),
-    ranks="world",
-    nested=("text_config",),
-    prefixes={
-        "model.language_model.": "language_model.",
-        "model.visual.": "visual.",
-        "visual.": "visual.",
-        "model.": "language_model.",
-    },
-    leave_out=("lm_head.",),
-)
-
-QWEN3 = Component(
-    module="transformers.models.qwen3.modeling_qwen3",
-    name="Qwen3Model",
-    plan=DECODER,
-    ranks="world",
-    prefixes={"model.": "", "": ""},
-    leave_out=("lm_head.",),
-)
 
 _CLIP_HEADS, _CLIP_LAYER = Heads("num_attention_heads"), "text_model.encoder.layers.*"
 
@@ -105,6 +33,14 @@ CLIP = Component(  # position_ids are counted by the class; transformers before 
     ),
     ranks="world",
     leave_out=("text_model.embeddings.position_ids",),
+)
+
+CLIP_TEXT = replace(  # without the projection, which the class does not have; nor the prefix, from transformers 5 on
+    CLIP,
+    name="CLIPTextModel",
+    plan=Plan(tensor={path.removeprefix("text_model."): style for path, style in CLIP.plan.tensor.items()}),
+    prefixes={"text_model.": "", "": ""},
+    leave_out=(*CLIP.leave_out, "embeddings.position_ids", "text_projection."),
 )
 
 _VISION_LAYER = "encoder.layers.*"
@@ -162,9 +98,6 @@ UMT5 = replace(
         }
     ),
 )
-
-BY_CLASS = {"Qwen3Model": QWEN3, "Qwen3ForCausalLM": QWEN3, "T5EncoderModel": T5, "UMT5EncoderModel": UMT5}
-"""What computes the hidden states of a class that model_index.json names."""
 
 
 def processor_files(folder: str) -> tuple[tuple[str, ...], ...]:

@@ -24,7 +24,7 @@ from darkroom.parallel.plan import (
 from .autoencoder_kl import VAE, AutoencoderKLModel
 from .base import Component, Sample, noise_generator
 from .from_picture import begin
-from .text_encoders import QWEN3
+from .language_models import QWEN3
 
 if TYPE_CHECKING:
     import torch

@@ -331,6 +331,14 @@ def local_width(width: int, size: int) -> int:
     return -(-width // size)
 
 
+def head_counts(plan: Plan) -> Iterator[str]:
+    """The keys of config.json that the plan reads."""
+    for style in plan.tensor.values():
+        for cut in (style, *getattr(style, "parts", ())):
+            if heads := getattr(cut, "heads", None):
+                yield from filter(None, (heads.count, heads.kv_count))
+
+
 def _padded_chunk(count: int, size: int, rank: int) -> tuple[int | None, ...]:
     width = local_width(count, size)
     return tuple(i if i < count else None for i in range(rank * width, (rank + 1) * width))

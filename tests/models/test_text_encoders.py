@@ -13,7 +13,15 @@ from darkroom.configs.pictures import load_picture
 from darkroom.models.base import Component
 from darkroom.models.build import _axis, _component, hand_on
 from darkroom.models.checkpoint import Checkpoint
-from darkroom.models.text_encoders import CLIP, CLIP_VISION, QWEN2_5_VL, QWEN2_5_VL_WITH_VISION, QWEN3, T5, UMT5
+from darkroom.models.language_models import (
+    GEMMA3,
+    MISTRAL,
+    QWEN2_5_VL,
+    QWEN2_5_VL_TEXT,
+    QWEN2_5_VL_WITH_VISION,
+    QWEN3,
+)
+from darkroom.models.text_encoders import CLIP, CLIP_TEXT, CLIP_VISION, T5, UMT5
 from darkroom.parallel.mesh import Mesh
 from tests.faults import parts_are_cut_as_one
 from tests.golden import TOLERANCE, picture_file, worker
@@ -39,8 +47,19 @@ LAYER = "layers.0.mlp.up_proj.weight"
         (QWEN3, LAYER, LAYER),
         (QWEN3, f"model.{LAYER}", LAYER),  # of the class that has logits
         (QWEN3, "lm_head.weight", None),
+        (GEMMA3, f"model.language_model.{LAYER}", LAYER),
+        (GEMMA3, f"language_model.model.{LAYER}", LAYER),  # as transformers 4 wrote it
+        (MISTRAL, f"language_model.{LAYER}", LAYER),  # of the class that has no logits
+        (MISTRAL, "language_model.lm_head.weight", None),
+        (MISTRAL, "vision_tower.ln_pre.weight", None),
+        (MISTRAL, "model.multi_modal_projector.norm.weight", None),
+        (QWEN2_5_VL_TEXT, LAYER, LAYER),
         (CLIP, "text_projection.weight", "text_projection.weight"),
         (CLIP, "text_model.embeddings.position_ids", None),  # as transformers wrote it before 4.31
+        (CLIP_TEXT, "text_model.final_layer_norm.weight", "final_layer_norm.weight"),  # as transformers 4 wrote it
+        (CLIP_TEXT, "final_layer_norm.weight", "final_layer_norm.weight"),
+        (CLIP_TEXT, "text_projection.weight", None),
+        (CLIP_TEXT, "text_model.embeddings.position_ids", None),
         (CLIP_VISION, "vision_model.post_layernorm.bias", "post_layernorm.bias"),  # as transformers 4 wrote it
         (CLIP_VISION, "post_layernorm.bias", "post_layernorm.bias"),
         (CLIP_VISION, "vision_model.embeddings.position_ids", None),
@@ -73,6 +92,7 @@ def test_keys_are_renamed_or_left_out(component: Component, key: str, name: str 
         ("wan_2_2", "text_encoder"),
         ("wan_image_to_video_2_1", "image_encoder"),
         ("flux2_klein_4_heads", "text_encoder"),
+        ("flux_4_heads", "text_encoder"),
     ],
 )
 def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str, checkpoints: dict[str, Path]) -> None:
@@ -89,8 +109,6 @@ def test_a_checkpoint_holds_the_parameters_and_no_others(name: str, encoder: str
 
 
 FIRST = [f"{name}_{next(iter(subject.variants))}" for name, subject in SUBJECTS.items()]
-WHOLE = ("flux_4_heads", "text_encoder")
-"""The one encoder for which there is no plan: CLIP, of a pipeline without a family."""
 UNREAD = {
     ("z_image_4_heads", "text_encoder"): ("layers.1.", "layers.2."),
     ("wan_image_to_video_2_1", "image_encoder"): ("encoder.layers.1.", "encoder.layers.2."),
@@ -107,7 +125,7 @@ def hold(rank: int, size: int, folders: dict[str, Path]) -> Held:
     mesh, held = Mesh(config, rank), {}
     for name, folder in folders.items():
         checkpoint = Checkpoint.open(str(folder))
-        for part in (part for part in checkpoint.components if "encoder" in part and (name, part) != WHOLE):
+        for part in (part for part in checkpoint.components if "encoder" in part):
             axis = _axis(checkpoint.components[part], mesh)
             assert axis is not None
             module = _component(checkpoint, part, axis, torch.device("cpu"), torch.float32)

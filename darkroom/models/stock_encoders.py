@@ -1,0 +1,135 @@
+"""How the encoders of a pipeline without a family file are cut: by its source, only where no more is read of them than
+the plan's class computes. Any other encoder stays whole."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from darkroom.parallel.plan import head_counts, lookup
+
+from . import language_models as language
+from .base import Component
+from .stock import Source
+from .text_encoders import CLIP, CLIP_TEXT, CLIP_VISION, T5, UMT5
+
+BY_CLASS = {
+    "CLIPTextModel": CLIP_TEXT,
+    "CLIPTextModelWithProjection": CLIP,
+    "CLIPVisionModel": CLIP_VISION,
+    "CLIPVisionModelWithProjection": CLIP_VISION,
+    "GemmaModel": language.GEMMA,
+    "GemmaForCausalLM": language.GEMMA,
+    "Gemma2Model": language.GEMMA2,
+    "Gemma2ForCausalLM": language.GEMMA2,
+    "Gemma3ForConditionalGeneration": language.GEMMA3,
+    "GlmModel": language.GLM,
+    "GlmForCausalLM": language.GLM,
+    "LlamaModel": language.LLAMA,
+    "LlamaForCausalLM": language.LLAMA,
+    "Mistral3Model mistral": language.MISTRAL,
+    "Mistral3Model ministral3": language.MINISTRAL3,
+    "Mistral3ForConditionalGeneration mistral": language.MISTRAL,
+    "Mistral3ForConditionalGeneration ministral3": language.MINISTRAL3,
+    "Qwen2_5_VLTextModel": language.QWEN2_5_VL_TEXT,
+    "Qwen2_5_VLForConditionalGeneration": language.QWEN2_5_VL,
+    "Qwen3Model": language.QWEN3,
+    "Qwen3ForCausalLM": language.QWEN3,
+    "Qwen3VLModel": language.QWEN3_VL,
+    "Qwen3VLForConditionalGeneration": language.QWEN3_VL,
+    "SmolLM3ForCausalLM": language.SMOLLM3,
+    "T5EncoderModel": T5,
+    "UMT5EncoderModel": UMT5,
+}
+"""What computes the hidden states of a class that model_index.json names; where one class may hold several language
+models, its name is followed by the language model's."""
+_WITH_VISION = {"Qwen2_5_VLForConditionalGeneration": language.QWEN2_5_VL_WITH_VISION}
+"""The same for pipelines whose encoder sees pictures."""
+_REWRITES = ("upsample_prompt", "enhance_prompt")
+"""Methods that let the encoder write a better prompt: called where a parameter asks for it that no request fills."""
+_ALIAS = r"(?<![.\w])(?:text|image)_encoder(?:_\d)?"
+"""A method's parameter that one of several encoders is passed by."""
+
+
+def cut_encoder(part: str, name: str, pipeline: Source, config: Mapping[str, Any]) -> Component | None:
+    """The component for the encoder `part`, of the class `name`, with its config.json; None where it stays whole."""
+    code = _running_code(pipeline)
+    kind = config.get("text_config", {}).get("model_type")
+    encoder = BY_CLASS.get(f"{name} {kind}") or BY_CLASS.get(name)
+    if encoder and encoder.section and re.search(rf"pixel_values|\b{re.escape(part)}\(\*\*", code):
+        encoder = _WITH_VISION.get(name)
+    if encoder is None or "quantization_config" in config or not _only_calls(code, part, pipeline, encoder):
+        return None
+    if name.endswith(("ForCausalLM", "ForConditionalGeneration")) and not re.search(r"\bhidden_states\b", code):
+        return None  # what it reads are the logits
+    section = _section(encoder, config)
+    if not all(_has_number(section, key) for key in head_counts(encoder.plan)):
+        return None  # the class has a default, which only its library knows
+    unread = _unread_layers(code, part, pipeline, section.get("num_hidden_layers", 0))
+    if encoder.unread:
+        return encoder if unread == encoder.unread_layers else None
+    has_layers = "layers.*.self_attn.q_proj" in encoder.plan.tensor
+    return replace(encoder, unread="layers", unread_layers=unread) if unread > 0 and has_layers else encoder
+
+
+@cache
+def _running_code(pipeline: Source) -> str:
+    """The pipeline's file without its comments, its texts of several lines, and methods that no request reaches."""
+    return ast.unparse(_Pruned().visit(ast.parse(pipeline.text)))
+
+
+class _Pruned(ast.NodeTransformer):
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
+        return None if node.name in _REWRITES else self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return ast.Constant("") if isinstance(node.value, str) and "\n" in node.value else node
+
+
+def _only_calls(code: str, part: str, pipeline: Source, encoder: Component) -> bool:
+    """Whether the pipeline does no more with a part than call it and ask for its dtype, its device and its config.
+
+    It then cannot tell a language model from its body, if the hidden states are all that it takes.
+    """
+    used = set(re.findall(rf"\.{re.escape(part)}\.(\w+)", code)) | set(re.findall(rf"{_ALIAS}\.(\w+)", code))
+    allowed = {"dtype", "device"} | (set() if encoder.section else {"config"})
+    others = set(pipeline.parameters("__init__")) - {part}
+    writers = re.findall(r"(\w+)\.generate\b", code)
+    return used <= allowed and others.issuperset(writers) and not re.search(r"\.logits\b", code)
+
+
+def _section(encoder: Component, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that describes the class."""
+    whole = {**{name: config for name in encoder.nested}, **config}
+    section: Mapping[str, Any] = whole.get(encoder.section, whole) if encoder.section else whole
+    return section
+
+
+def _has_number(section: Mapping[str, Any], key: str) -> bool:
+    try:
+        return lookup(section, key) > 0
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _unread_layers(code: str, part: str, pipeline: Source, layers: int) -> int:
+    """How many last layers make what nobody reads: hidden state n is what layer n, counted from zero, is given.
+
+    Seen where the call has a parameter of the states that are read, and where the encoder's every call is followed by
+    one state, counted from the end.
+    """
+    if read := pipeline.parameters("__call__").get("text_encoder_out_layers"):
+        return layers - int(max(read))
+    calls = re.findall(rf"\b{re.escape(part)}\(", code)
+    states = re.findall(r"\.hidden_states\b(?:\[([^\]]*)\])?", code)
+    if len(set(states)) != 1 or len(states) != len(calls) or code.count("output_hidden_states=True") != len(calls):
+        return 0
+    if re.fullmatch(r"-\d+", states[0]):
+        return -int(states[0]) - 1
+    skipped = re.fullmatch(r"-\((\w+) \+ 1\)", states[0])
+    given = set(re.findall(rf"\b{skipped[1]}(?:: int)?=([^,)]+)", code)) if skipped else set()
+    return int(given.pop()) if len(given) == 1 and min(given).isdigit() else 0
