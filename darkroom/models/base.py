@@ -56,6 +56,8 @@ class Component:
     """A list of layers of which nobody reads what the last one makes: it hands on what it gets, without weights."""
     unread_layers: int = 1
     """How many last ones of `unread` that is true of."""
+    around: str | None = None
+    """What the class is called in the one around it, that has logits too: a pipeline may ask for either."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the class's configuration holds whatever config.json says."""
     processor: Callable[[], Any] | None = None

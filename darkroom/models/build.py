@@ -133,6 +133,8 @@ def _empty(component: Component, folder: Path, config: Mapping[str, Any], dtype:
             section = getattr(hf_config, component.section) if component.section else hf_config
             module = cls._from_config(section, dtype=dtype)
     use_processors(module, component)
+    if component.around:
+        vars(module)[component.around] = module  # not registered: its parameters have one name each
     if component.unread:
         for layer in module.get_submodule(component.unread)[-component.unread_layers :]:
             hand_on(layer)

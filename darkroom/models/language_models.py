@@ -92,11 +92,15 @@ QWEN2_5_VL = replace(  # older checkpoints have no section, and the vision tower
 )
 QWEN2_5_VL_TEXT = _language_model("qwen2_5_vl", "Qwen2_5_VLTextModel")
 
+_READER = _decoder("language_model.", Heads("text_config.num_attention_heads", "text_config.num_key_value_heads"))
 _VISION_HEADS = Heads("vision_config.num_heads")
-_VISION: dict[str, TensorStyle] = {
+_SEEING: dict[str, TensorStyle] = {
     "visual.blocks.*.attn.qkv": Colwise(parts=(Part(heads=_VISION_HEADS),) * 3),
     "visual.blocks.*.attn.proj": Rowwise(_VISION_HEADS),
     "visual.blocks.*.attn": LocalHeads(_VISION_HEADS, "num_heads"),
+}
+_VISION: dict[str, TensorStyle] = {
+    **_SEEING,
     "visual.blocks.*.mlp.gate_proj": Colwise(),
     "visual.blocks.*.mlp.up_proj": Colwise(),
     "visual.blocks.*.mlp.down_proj": Rowwise(),
@@ -107,12 +111,7 @@ _VISION: dict[str, TensorStyle] = {
 QWEN2_5_VL_WITH_VISION = Component(
     module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     name="Qwen2_5_VLModel",
-    plan=Plan(
-        tensor={
-            **_decoder("language_model.", Heads("text_config.num_attention_heads", "text_config.num_key_value_heads")),
-            **_VISION,
-        }
-    ),
+    plan=Plan(tensor={**_READER, **_VISION}),
     ranks="world",
     nested=("text_config",),
     prefixes={
@@ -122,4 +121,21 @@ QWEN2_5_VL_WITH_VISION = Component(
         "model.": "language_model.",
     },
     leave_out=("lm_head.",),
+)
+
+_TWO_LINEAR = ("visual.blocks.*.mlp", "visual.merger", "visual.deepstack_merger_list.*")
+
+QWEN3_VL_WITH_VISION = _language_model(
+    "qwen3_vl",
+    "Qwen3VLModel",
+    plan=Plan(
+        tensor={
+            **_READER,
+            **_SEEING,
+            "visual.pos_embed": EmbeddingColumns(),
+            **{f"{mlp}.linear_fc1": Colwise() for mlp in _TWO_LINEAR},
+            **{f"{mlp}.linear_fc2": Rowwise() for mlp in _TWO_LINEAR},
+        }
+    ),
+    around="model",
 )

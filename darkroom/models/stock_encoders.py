@@ -15,9 +15,10 @@ from darkroom.parallel.plan import head_counts, lookup
 from . import language_models as language
 from .base import Component
 from .stock import Source
-from .text_encoders import CLIP, CLIP_TEXT, CLIP_VISION, T5, UMT5
+from .text_encoders import BERT, CLIP, CLIP_TEXT, CLIP_VISION, SIGLIP_VISION, T5, UMT5
 
 BY_CLASS = {
+    "BertModel": BERT,
     "CLIPTextModel": CLIP_TEXT,
     "CLIPTextModelWithProjection": CLIP,
     "CLIPVisionModel": CLIP_VISION,
@@ -41,14 +42,19 @@ BY_CLASS = {
     "Qwen3ForCausalLM": language.QWEN3,
     "Qwen3VLModel": language.QWEN3_VL,
     "Qwen3VLForConditionalGeneration": language.QWEN3_VL,
+    "SiglipVisionModel": SIGLIP_VISION,
     "SmolLM3ForCausalLM": language.SMOLLM3,
     "T5EncoderModel": T5,
     "UMT5EncoderModel": UMT5,
 }
 """What computes the hidden states of a class that model_index.json names; where one class may hold several language
 models, its name is followed by the language model's."""
-_WITH_VISION = {"Qwen2_5_VLForConditionalGeneration": language.QWEN2_5_VL_WITH_VISION}
-"""The same for pipelines whose encoder sees pictures."""
+_WITH_VISION = {
+    "Qwen2_5_VLForConditionalGeneration": language.QWEN2_5_VL_WITH_VISION,
+    "Qwen3VLModel": language.QWEN3_VL_WITH_VISION,
+    "Qwen3VLForConditionalGeneration": language.QWEN3_VL_WITH_VISION,
+}
+"""The same for pipelines whose encoder sees pictures, or that ask for its parts."""
 _REWRITES = ("upsample_prompt", "enhance_prompt")
 """Methods that let the encoder write a better prompt: called where a parameter asks for it that no request fills."""
 _ALIAS = r"(?<![.\w])(?:text|image)_encoder(?:_\d)?"
@@ -59,10 +65,15 @@ def cut_encoder(part: str, name: str, pipeline: Source, config: Mapping[str, Any
     """The component for the encoder `part`, of the class `name`, with its config.json; None where it stays whole."""
     code = _running_code(pipeline)
     kind = config.get("text_config", {}).get("model_type")
-    encoder = BY_CLASS.get(f"{name} {kind}") or BY_CLASS.get(name)
-    if encoder and encoder.section and re.search(rf"pixel_values|\b{re.escape(part)}\(\*\*", code):
-        encoder = _WITH_VISION.get(name)
-    if encoder is None or "quantization_config" in config or not _only_calls(code, part, pipeline, encoder):
+    encoder = next(
+        (
+            encoder
+            for encoder in (BY_CLASS.get(f"{name} {kind}") or BY_CLASS.get(name), _WITH_VISION.get(name))
+            if encoder and _does(encoder, code, part, pipeline)
+        ),
+        None,
+    )
+    if encoder is None or "quantization_config" in config:
         return None
     if name.endswith(("ForCausalLM", "ForConditionalGeneration")) and not re.search(r"\bhidden_states\b", code):
         return None  # what it reads are the logits
@@ -90,16 +101,22 @@ class _Pruned(ast.NodeTransformer):
         return ast.Constant("") if isinstance(node.value, str) and "\n" in node.value else node
 
 
-def _only_calls(code: str, part: str, pipeline: Source, encoder: Component) -> bool:
-    """Whether the pipeline does no more with a part than call it and ask for its dtype, its device and its config.
+def _does(encoder: Component, code: str, part: str, pipeline: Source) -> bool:
+    """Whether all that the pipeline does with a part, it can do with the component.
 
-    It then cannot tell a language model from its body, if the hidden states are all that it takes.
+    It calls it for more than logits, and asks for its dtype, its device, and parts that the component has. Then it
+    cannot tell a language model from its body, if the hidden states are all that it takes.
     """
-    used = set(re.findall(rf"\.{re.escape(part)}\.(\w+)", code)) | set(re.findall(rf"{_ALIAS}\.(\w+)", code))
-    allowed = {"dtype", "device"} | (set() if encoder.section else {"config"})
+    named = re.escape(part)
+    if encoder.section and re.search(rf"pixel_values|\b{named}\(\*\*", code):
+        return False  # pictures, or what may be some
+    used = set(re.findall(rf"\.{named}\.(\w+)", code)) | set(re.findall(rf"{_ALIAS}\.(\w+)", code))
+    has = {"dtype", "device"} if encoder.section else {"dtype", "device", "config", encoder.around}
+    if any(path.startswith("language_model.") for path in encoder.plan.tensor):
+        has.add("language_model")
     others = set(pipeline.parameters("__init__")) - {part}
     writers = re.findall(r"(\w+)\.generate\b", code)
-    return used <= allowed and others.issuperset(writers) and not re.search(r"\.logits\b", code)
+    return used <= has and others.issuperset(writers) and not re.search(r"\.logits\b", code)
 
 
 def _section(encoder: Component, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""CLIP and T5, the encoders that several pipelines use: which class computes what is read, and how it is cut."""
+"""CLIP, SigLIP, BERT and T5, as pipelines use them: which class computes what is read, and how it is cut."""
 
 from __future__ import annotations
 
@@ -60,6 +60,33 @@ CLIP_VISION = Component(  # the class had its layers in `vision_model` until tra
     prefixes={"vision_model.": "", "": ""},
     unread="encoder.layers",
     leave_out=("vision_model.embeddings.position_ids", "visual_projection."),
+)
+
+SIGLIP_VISION = replace(  # its pooling head, a single layer, is whole but for its MLP
+    CLIP_VISION,
+    module="transformers.models.siglip.modeling_siglip",
+    name="SiglipVisionModel",
+    plan=Plan(
+        tensor={**CLIP_VISION.plan.tensor, "head.mlp.fc1": Colwise(), "head.mlp.fc2": Rowwise()}, optional=("head",)
+    ),
+    unread=None,
+)
+
+_BERT_LAYER = "encoder.layer.*"
+
+BERT = Component(
+    module="transformers.models.bert.modeling_bert",
+    name="BertModel",
+    plan=Plan(
+        tensor={
+            "embeddings.word_embeddings": EmbeddingColumns(),
+            **{f"{_BERT_LAYER}.attention.self.{name}": Colwise(_CLIP_HEADS) for name in ("query", "key", "value")},
+            f"{_BERT_LAYER}.attention.output.dense": Rowwise(_CLIP_HEADS),
+            f"{_BERT_LAYER}.intermediate.dense": Colwise(),
+            f"{_BERT_LAYER}.output.dense": Rowwise(),
+        }
+    ),
+    ranks="world",
 )
 
 _T5_HEADS, _T5_LAYER = Heads("num_heads"), "block.*.layer"

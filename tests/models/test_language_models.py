@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
+    BertConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     Gemma2Config,
@@ -23,6 +24,7 @@ from transformers import (
     Mistral3Config,
     Qwen3Config,
     Qwen3VLConfig,
+    SiglipVisionConfig,
     SmolLM3Config,
 )
 
@@ -71,7 +73,7 @@ class Case:
     unread: int = 0
     """Last layers of which it reads nothing."""
     given: str = "masked"
-    """Tokens alone, or with a mask, or with positions too; or a picture."""
+    """Tokens alone, or with a mask, or with positions or a picture too; or a picture alone."""
 
 
 def all_states(out: Any) -> torch.Tensor:
@@ -98,7 +100,11 @@ def qwen3_vl() -> Qwen3VLConfig:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 48, "intermediate_size": 32}
     return Qwen3VLConfig(
-        text_config=decoder(4, 2, rope_parameters=rope), vision_config={**vision, "deepstack_visual_indexes": [0]}
+        text_config=decoder(4, 2, rope_parameters=rope),
+        vision_config={**vision, "deepstack_visual_indexes": [0]},
+        image_token_id=152,
+        vision_start_token_id=151,
+        vision_end_token_id=153,
     )
 
 
@@ -202,6 +208,12 @@ CASES = {
         config=qwen2_5_vl,
         read=lambda x: x.hidden_states[-1],
     ),
+    "qwen 2.5 vl, its text model": Case(
+        pipeline="HunyuanVideo15Pipeline",
+        cls="Qwen2_5_VLTextModel",
+        config=lambda: qwen2_5_vl().text_config,
+        read=lambda x: x.hidden_states[-3],
+    ),
     "qwen 3": Case(
         pipeline="ZImageOmniPipeline",
         cls="Qwen3Model",
@@ -212,12 +224,44 @@ CASES = {
     "qwen 3 vl": Case(
         pipeline="Krea2Pipeline", cls="Qwen3VLModel", config=qwen3_vl, read=all_states, given="positions"
     ),
+    "qwen 3 vl, with pictures": Case(
+        pipeline="QwenImage21Pipeline",
+        cls="Qwen3VLForConditionalGeneration",
+        config=qwen3_vl,
+        read=lambda x: x.hidden_states[-1],
+        given="image and text",
+    ),
+    "siglip": Case(
+        pipeline="HunyuanVideoFramepackPipeline",
+        part="image_encoder",
+        cls="SiglipVisionModel",
+        config=lambda: SiglipVisionConfig(**VISION, **PICTURE),
+        read=lambda x: torch.cat([x.last_hidden_state, x.pooler_output[:, None]], 1),
+        given="picture",
+    ),
+    "bert": Case(
+        pipeline="HunyuanDiTPipeline",
+        cls="BertModel",
+        config=lambda: BertConfig(**VISION, **WORDS, max_position_embeddings=32),
+        read=lambda x: x[0],
+    ),
 }
+
+
+def image_and_text() -> dict[str, Any]:
+    """Two by two tokens of a picture among those of a text."""
+    tokens = torch.tensor([[150, 151, *[152] * 4, 153, 7, 9]])
+    pixels = torch.rand(16, 3 * 2 * 16 * 16, generator=torch.Generator().manual_seed(0))
+    kinds = (tokens == 152).int()
+    picture = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": kinds}
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **picture}
 
 
 def given(case: Case) -> dict[str, Any]:
     if case.given == "picture":
         return {"pixel_values": torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))}
+    if case.given == "image and text":
+        return image_and_text()
     mask = {} if case.given == "tokens" else {"attention_mask": MASK}
     positions = (MASK.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
     return {"input_ids": TOKENS, **mask, **({"position_ids": positions} if case.given == "positions" else {})}
@@ -309,6 +353,8 @@ def test_one_process_reads_what_the_stock_class_gives(
 
 def stock(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     module: nn.Module = getattr(transformers, case.cls).from_pretrained(folder, dtype=dtype)
+    for parameter in module.parameters():  # those mapped from a file may lie unaligned, which rounds otherwise
+        parameter.data = parameter.data.clone()
     return module.eval()
 
 
@@ -339,4 +385,4 @@ def test_faults_are_seen(root: Path, cut: dict[str, Component], alone: Read) -> 
 
     for partial, as_one in run_ranks(read_with_faults, 2, root, cut):
         assert all(differs(partial, name) for name in CASES)
-        assert [name for name in CASES if differs(as_one, name)] == ["glm"]
+        assert [name for name in CASES if differs(as_one, name)] == ["glm", "qwen 3 vl, with pictures"]

@@ -48,8 +48,8 @@ def test_layers_that_nobody_reads_are_found(pipeline: str, part: str, cls: str, 
     [
         ("PRXPipeline", "text_encoder", "T5GemmaEncoder", CONFIG),  # there is no plan
         ("SanaPipeline", "text_encoder", "Gemma2ForCausalLM", CONFIG),  # its first output are the logits
-        ("QwenImage21Pipeline", "text_encoder", "Qwen3VLForConditionalGeneration", CONFIG),  # asks for its `model`
-        ("NucleusMoEImagePipeline", "text_encoder", "Qwen3VLForConditionalGeneration", CONFIG),  # for all its config
+        ("Krea2Pipeline", "text_encoder", "Qwen3VLForConditionalGeneration", {**CONFIG, "text_config": {}}),
+        ("HunyuanVideoImageToVideoPipeline", "text_encoder", "LlavaForConditionalGeneration", CONFIG),
         ("Kandinsky6TI2VAPipeline", "text_encoder", "Qwen2_5_VLForConditionalGeneration", CONFIG),  # lets it write
         ("FluxPipeline", "image_encoder", "CLIPVisionModelWithProjection", CONFIG),  # reads its projection
         ("LTX2Pipeline", "text_encoder", "Gemma3ForConditionalGeneration", {"text_config": {"hidden_size": 4}}),
@@ -65,8 +65,14 @@ def test_an_encoder_that_sees_pictures_keeps_its_eyes() -> None:
         ("Kandinsky5T2IPipeline", "Qwen2_5_VLTextModel"),
         ("Kandinsky5I2IPipeline", "Qwen2_5_VLModel"),
         ("QwenImageEditInpaintPipeline", "Qwen2_5_VLModel"),
+        ("Krea2Pipeline", "Qwen3VLTextModel"),
+        ("QwenImage21Pipeline", "Qwen3VLModel"),  # it also asks for its `model`
+        ("JoyImageEditPipeline", "Qwen3VLModel"),
+        ("NucleusMoEImagePipeline", "Qwen3VLModel"),  # for more of its config than a text model has
+        ("Ideogram4Pipeline", "Qwen3VLModel"),  # for its `language_model`, whose layers it calls one by one
     ):
-        found = cut_encoder("text_encoder", "Qwen2_5_VLForConditionalGeneration", source(pipeline), CONFIG)
+        cls = "Qwen3VLForConditionalGeneration" if "3" in name else "Qwen2_5_VLForConditionalGeneration"
+        found = cut_encoder("text_encoder", cls, source(pipeline), CONFIG)
         assert found is not None and found.name == name
 
 
