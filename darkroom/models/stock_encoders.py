@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -57,22 +57,17 @@ _WITH_VISION = {
 """The same for pipelines whose encoder sees pictures, or that ask for its parts."""
 _REWRITES = ("upsample_prompt", "enhance_prompt")
 """Methods that let the encoder write a better prompt: called where a parameter asks for it that no request fills."""
-_ALIAS = r"(?<![.\w])(?:text|image)_encoder(?:_\d)?"
+_LAYERS = "layers.*.self_attn.q_proj"
+"""In the plans of those whose last layers can be left out."""
+_NAMES = r"(?:text|image)_encoder(?:_\d)?"
+_ALIAS = rf"(?<![.\w]){_NAMES}"
 """A method's parameter that one of several encoders is passed by."""
 
 
 def cut_encoder(part: str, name: str, pipeline: Source, config: Mapping[str, Any]) -> Component | None:
     """The component for the encoder `part`, of the class `name`, with its config.json; None where it stays whole."""
     code = _running_code(pipeline)
-    kind = config.get("text_config", {}).get("model_type")
-    encoder = next(
-        (
-            encoder
-            for encoder in (BY_CLASS.get(f"{name} {kind}") or BY_CLASS.get(name), _WITH_VISION.get(name))
-            if encoder and _does(encoder, code, part, pipeline)
-        ),
-        None,
-    )
+    encoder = next((x for x in _candidates(name, config) if _does(x, code, part, pipeline)), None)
     if encoder is None or "quantization_config" in config:
         return None
     if name.endswith(("ForCausalLM", "ForConditionalGeneration")) and not re.search(r"\bhidden_states\b", code):
@@ -80,11 +75,18 @@ def cut_encoder(part: str, name: str, pipeline: Source, config: Mapping[str, Any
     section = _section(encoder, config)
     if not all(_has_number(section, key) for key in head_counts(encoder.plan)):
         return None  # the class has a default, which only its library knows
-    unread = _unread_layers(code, part, pipeline, section.get("num_hidden_layers", 0))
+    if not encoder.unread and _LAYERS not in encoder.plan.tensor:
+        return encoder
+    unread = _unread_layers(code, part, name, pipeline, section.get("num_hidden_layers", 0))
     if encoder.unread:
         return encoder if unread == encoder.unread_layers else None
-    has_layers = "layers.*.self_attn.q_proj" in encoder.plan.tensor
-    return replace(encoder, unread="layers", unread_layers=unread) if unread > 0 and has_layers else encoder
+    return replace(encoder, unread="layers", unread_layers=unread) if unread > 0 else encoder
+
+
+def _candidates(name: str, config: Mapping[str, Any]) -> Iterator[Component]:
+    """What may compute what is read of a class: the first that can do what the pipeline does is enough."""
+    kind = (config.get("text_config") or {}).get("model_type")
+    yield from filter(None, (BY_CLASS.get(f"{name} {kind}"), BY_CLASS.get(name), _WITH_VISION.get(name)))
 
 
 @cache
@@ -133,7 +135,7 @@ def _has_number(section: Mapping[str, Any], key: str) -> bool:
         return False
 
 
-def _unread_layers(code: str, part: str, pipeline: Source, layers: int) -> int:
+def _unread_layers(code: str, part: str, name: str, pipeline: Source, layers: int) -> int:
     """How many last layers make what nobody reads: hidden state n is what layer n, counted from zero, is given.
 
     Seen where the call has a parameter of the states that are read, and where the encoder's every call is followed by
@@ -141,12 +143,26 @@ def _unread_layers(code: str, part: str, pipeline: Source, layers: int) -> int:
     """
     if read := pipeline.parameters("__call__").get("text_encoder_out_layers"):
         return layers - int(max(read))
-    calls = re.findall(rf"\b{re.escape(part)}\(", code)
-    states = re.findall(r"\.hidden_states\b(?:\[([^\]]*)\])?", code)
-    if len(set(states)) != 1 or len(states) != len(calls) or code.count("output_hidden_states=True") != len(calls):
+    readers = "\n".join(_readers(code, part, name))
+    calls = re.findall(rf"\bself\.{re.escape(part)}\(|{_ALIAS}\(", readers)
+    states = re.findall(r"\.hidden_states\b(?:\[([^\]]*)\])?", readers)
+    if len(set(states)) != 1 or len(states) != len(calls) or readers.count("output_hidden_states=True") != len(calls):
         return 0
     if re.fullmatch(r"-\d+", states[0]):
         return -int(states[0]) - 1
     skipped = re.fullmatch(r"-\((\w+) \+ 1\)", states[0])
     given = set(re.findall(rf"\b{skipped[1]}(?:: int)?=([^,)]+)", code)) if skipped else set()
     return int(given.pop()) if len(given) == 1 and min(given).isdigit() else 0
+
+
+def _readers(code: str, part: str, name: str) -> Iterator[str]:
+    """The functions that may call an encoder: as the pipeline's, or as an argument of its class, or of any class."""
+    for function in (x for x in ast.walk(ast.parse(code)) if isinstance(x, ast.FunctionDef)):
+        text = ast.unparse(function)
+        types = [
+            ast.unparse(x.annotation) if x.annotation else name
+            for x in function.args.args
+            if re.fullmatch(_NAMES, x.arg)
+        ]
+        if f"self.{part}(" in text or (name in types and re.search(rf"{_ALIAS}\(", text)):
+            yield text

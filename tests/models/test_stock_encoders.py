@@ -31,9 +31,9 @@ CONFIG = {**NUMBERS, "text_config": {**NUMBERS, "model_type": "mistral"}, "visio
         ("LuminaPipeline", "text_encoder", "GemmaModel", 1),  # in either of its calls
         ("HunyuanVideoPipeline", "text_encoder", "LlamaModel", 2),  # as far from the end as a parameter says
         ("SkyReelsV2ImageToVideoPipeline", "image_encoder", "CLIPVisionModelWithProjection", 1),
-        ("HunyuanImagePipeline", "text_encoder", "Qwen2_5_VLForConditionalGeneration", 0),  # two encoders by one name
+        ("HunyuanImagePipeline", "text_encoder", "Qwen2_5_VLForConditionalGeneration", 2),  # of two by one name
         ("BriaFiboPipeline", "text_encoder", "SmolLM3ForCausalLM", 0),  # all
-        ("HunyuanVideo15Pipeline", "text_encoder", "Qwen2_5_VLTextModel", 0),  # its config is asked for more
+        ("HunyuanVideo15Pipeline", "text_encoder", "Qwen2_5_VLTextModel", 2),  # and of a function without self
         ("StableDiffusion3PAGPipeline", "text_encoder_2", "CLIPTextModelWithProjection", 0),  # and what is pooled
     ],
 )
