@@ -69,7 +69,7 @@ def find_class(name: str, part: str) -> Source | None:
     assert spec is not None and spec.submodule_search_locations
     declared = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
     for file in sorted(Path(spec.submodule_search_locations[0], part).rglob("*.py")):
-        if declared.search(text := file.read_text(encoding="utf-8")):
+        if name in (text := file.read_text(encoding="utf-8")) and declared.search(text):
             nodes = (x for x in ast.parse(text).body if isinstance(x, ast.ClassDef) and x.name == name)
             if node := next(nodes, None):
                 return Source(node, text)

@@ -365,6 +365,19 @@ def stock(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mo
     return module.eval()
 
 
+def test_the_model_inside_is_found_by_its_name_too(root: Path, cut: dict[str, Component]) -> None:
+    """As QwenImage21Pipeline does it, to read the last state before its norm."""
+    name = "qwen 3 vl, with pictures"
+    module, _ = load(root, name, cut[name], Mesh(ParallelConfig(), 0))
+    whole: Any = stock(CASES[name], root / name)
+    assert len(list(module.parameters())) == len(list(whole.model.parameters()))
+    states = []
+    for encoder in (module, whole):
+        encoder.model.language_model.norm.register_forward_hook(lambda _module, args, _output: args[0])
+        states.append(run(encoder, CASES[name]))
+    assert torch.equal(*states)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_are_as_exact_as_what_is_asked_for(
     dtype: torch.dtype, cut: dict[str, Component], tmp_path: Path
