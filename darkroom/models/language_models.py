@@ -90,6 +90,7 @@ QWEN2_5_VL = replace(  # older checkpoints have no section, and the vision tower
     prefixes={"model.language_model.": "", "model.": ""},
     leave_out=("model.visual.", "visual.", "lm_head."),
 )
+QWEN2_VL = replace(QWEN2_5_VL, module="transformers.models.qwen2_vl.modeling_qwen2_vl", name="Qwen2VLTextModel")
 QWEN2_5_VL_TEXT = _language_model("qwen2_5_vl", "Qwen2_5_VLTextModel")
 
 _READER = _decoder("language_model.", Heads("text_config.num_attention_heads", "text_config.num_key_value_heads"))

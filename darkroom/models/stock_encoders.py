@@ -36,6 +36,7 @@ BY_CLASS = {
     "Mistral3Model ministral3": language.MINISTRAL3,
     "Mistral3ForConditionalGeneration mistral": language.MISTRAL,
     "Mistral3ForConditionalGeneration ministral3": language.MINISTRAL3,
+    "Qwen2VLForConditionalGeneration": language.QWEN2_VL,
     "Qwen2_5_VLTextModel": language.QWEN2_5_VL_TEXT,
     "Qwen2_5_VLForConditionalGeneration": language.QWEN2_5_VL,
     "Qwen3Model": language.QWEN3,

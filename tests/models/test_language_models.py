@@ -22,6 +22,7 @@ from transformers import (
     GlmConfig,
     LlamaConfig,
     Mistral3Config,
+    Qwen2VLConfig,
     Qwen3Config,
     Qwen3VLConfig,
     SiglipVisionConfig,
@@ -94,6 +95,12 @@ def qwen2_5_vl() -> Any:
     config = tiny.qwen2_5_vl_config(64, 4, 2)
     config.text_config.num_hidden_layers, config.text_config.layer_types = 4, ["full_attention"] * 4
     return config
+
+
+def qwen2_vl() -> Qwen2VLConfig:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 48}
+    return Qwen2VLConfig(text_config=decoder(4, 2, rope_parameters=rope, head_dim=12), vision_config=vision)
 
 
 def qwen3_vl() -> Qwen3VLConfig:
@@ -194,6 +201,13 @@ CASES = {
         cls="SmolLM3ForCausalLM",
         config=lambda: SmolLM3Config(**decoder(4, 2)),
         read=all_states,
+    ),
+    "qwen 2 vl": Case(
+        pipeline="EasyAnimatePipeline",
+        cls="Qwen2VLForConditionalGeneration",
+        config=qwen2_vl,
+        read=lambda x: x.hidden_states[-2],
+        unread=1,
     ),
     "qwen 2.5 vl": Case(
         pipeline="HunyuanImageRefinerPipeline",
