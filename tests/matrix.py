@@ -234,10 +234,14 @@ class Trial:
     cell: Cell
     kinds: frozenset[str]
 
+    def needed(self, kinds: Kinds) -> Kinds:
+        """What must be made for it to show."""
+        return {name: kind for name, kind in kinds.items() if {name, TILES + name} & self.kinds}
+
 
 def run_trials(rank: int, size: int, folders: dict[str, Path], trials: list[Trial], kinds: Kinds) -> list[Results]:
     """What this rank gives under each fault. For `run_ranks`."""
-    return [run_cells(rank, size, folders, [trial.cell], trial.fault, kinds) for trial in trials]
+    return [run_cells(rank, size, folders, [trial.cell], trial.fault, trial.needed(kinds)) for trial in trials]
 
 
 def seen(worst: Differences) -> frozenset[str]:

@@ -29,7 +29,7 @@ class Source:
     def code(self, name: str) -> str:
         """A method's source; "" where the class has none of its own."""
         method = self.method(name)
-        return ast.get_source_segment(self.text, method) or "" if method else ""
+        return "\n".join(self.text.splitlines()[method.lineno - 1 : method.end_lineno]) if method else ""
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The names of a method's parameters with their defaults; None too where there is none."""
@@ -69,11 +69,17 @@ def find_class(name: str, part: str) -> Source | None:
     assert spec is not None and spec.submodule_search_locations
     declared = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
     for file in sorted(Path(spec.submodule_search_locations[0], part).rglob("*.py")):
-        if name in (text := file.read_text(encoding="utf-8")) and declared.search(text):
-            nodes = (x for x in ast.parse(text).body if isinstance(x, ast.ClassDef) and x.name == name)
-            if node := next(nodes, None):
-                return Source(node, text)
+        text = file.read_text(encoding="utf-8")
+        found = classes(text) if name in text and declared.search(text) else ()
+        if source := next((x for x in found if x.node.name == name), None):
+            return source
     return None
+
+
+@cache
+def classes(text: str) -> tuple[Source, ...]:
+    """Those that a file declares."""
+    return tuple(Source(node, text) for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
 
 
 def literal(node: ast.expr | None) -> Any:

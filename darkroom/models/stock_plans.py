@@ -17,7 +17,7 @@ from darkroom.parallel.plan import (
     TensorStyle,
 )
 
-from .stock import Source, literal
+from .stock import Source, classes, literal
 
 _HEADS = Heads("num_attention_heads")
 _TOKENS, _POSITIONS = ("hidden_states", "encoder_hidden_states"), ("img_ids", "txt_ids")
@@ -90,9 +90,8 @@ def _style(transformer: Source, path: str, value: ast.expr, config: Mapping[str,
 def _parts(transformer: Source, name: str, config: Mapping[str, Any]) -> tuple[Part, ...]:
     """What a fused layer is made of, by the list of widths that its class's `__init__` keeps on it for this purpose:
     the widths of an MLP are named so, and every other one is that of all heads."""
-    for node in (x for x in ast.parse(transformer.text).body if isinstance(x, ast.ClassDef)):
-        source = Source(node, transformer.text)
-        for found in ast.walk(node):
+    for source in classes(transformer.text):
+        for found in ast.walk(source.node):
             if isinstance(found, ast.Assign) and ast.unparse(found.targets[0]) == f"self.{name}_blocks":
                 defaults = source.parameters("__init__")
                 known = {**defaults, **transformer.parameters("__init__"), **config}
