@@ -610,8 +610,10 @@ WAN_IMAGE_TO_VIDEO = Subject(
 
 
 def run_other(pipe: Any, request: Request, output_type: str) -> Any:
-    """The latents are those of the last step: some pipelines return them in another form."""
+    """The latents are those of the last step: some pipelines return them in another form. Of videos, "pt" -> [B, F, 3,
+    H, W], "pil" -> frames."""
     options, takes = stock_options(request, output_type), inspect.signature(pipe.__call__).parameters
+    options |= {"num_frames": request.num_frames, "frame_rate": request.fps}
     latents: list[Any] = []
     if output_type == "latent":
         options["output_type"] = "pt"
@@ -624,9 +626,12 @@ def run_other(pipe: Any, request: Request, output_type: str) -> Any:
     if request.embedded_guidance is not None:
         options["guidance_scale"] = request.embedded_guidance
     if request.images:
-        options["image"] = [opened(image) for image in request.images]
-    pictures = pipe(**{name: value for name, value in options.items() if name in takes}).images
-    return latents[-1] if output_type == "latent" else pictures
+        pictures = [opened(image) for image in request.images]
+        options["image"] = pictures[0] if request.task == "image-to-video" else pictures
+    made = pipe(**{name: value for name, value in options.items() if name in takes}, return_dict=False)[0]
+    if output_type == "latent":
+        return latents[-1]
+    return made[0] if output_type == "pil" and "num_frames" in takes else made
 
 
 OTHER_REQUESTS = {
@@ -667,6 +672,26 @@ FLUX_2_KLEIN = other(
 AURA_FLOW = other(diffusers.AuraFlowPipeline, tiny.aura_flow, *ROWS, subset={2: [{"cfg": 2}, {"cfg": 2, "vae-pp": 2}]})
 PIXART_SIGMA = other(diffusers.PixArtSigmaPipeline, tiny.pixart_sigma, *ROWS, subset={})
 
+
+def short_video(prompt: str = "a red circle", **values: Any) -> Request:
+    """For pipelines that make 8 frames of a frame of latents."""
+    return video(prompt, **{"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": 2, "fps": 8, **values})
+
+
+OTHER_VIDEOS: dict[str, Any] = {
+    "requests": {
+        "17 frames": short_video("a green star", num_frames=17, fps=25, seed=7),
+        "negative prompt": short_video("a house", negative_prompt="red, blurry", guidance_scale=2.5, width=96),
+        "no guidance": short_video("a cat", guidance_scale=1.0, num_inference_steps=1, num_frames=1),
+    },
+    "kinds": {
+        "interleaved": Kind(requests=[short_video("a cat on the left", seed=3), short_video("two stars", seed=4)]),
+        "batched": Kind(requests=[short_video("a cat", seed=5), short_video("two yellow stars", seed=6)], batched=True),
+        "one branch": Kind(requests=[short_video("a red heart", guidance_scale=1.0, seed=5)]),
+    },
+}
+LTX = other(diffusers.LTXPipeline, tiny.ltx, ROWS[0], **OTHER_VIDEOS, subset={2: [{"cfg": 2}]})
+
 SUBJECTS: dict[str, Subject] = {
     "qwen_image": QWEN_IMAGE,
     "qwen_image_edit": QWEN_IMAGE_EDIT,
@@ -683,5 +708,6 @@ SUBJECTS: dict[str, Subject] = {
     "flux2_klein": FLUX_2_KLEIN,
     "aura_flow": AURA_FLOW,
     "pixart_sigma": PIXART_SIGMA,
+    "ltx": LTX,
 }
 """By name; a variant's checkpoint is called `<subject>_<variant>`."""

@@ -1,4 +1,5 @@
-"""Any other pipeline of diffusers that denoises pictures with a transformer: its own `__call__`, a step at a time.
+"""Any other pipeline of diffusers that denoises pictures or videos with a transformer: its own `__call__`, a step at a
+time.
 
 What such a pipeline can do is not declared here but derived (`stock_family`), from its source and its checkpoint's
 configs; a `darkroom.json` overrides it. Its guidance branches are spread over ranks from outside, and so is its VAE's
@@ -16,7 +17,8 @@ from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
 
 from . import autoencoder_kl
-from .base import Model, Sample, noise_generator
+from .base import Model, Sample
+from .stock_call import arguments
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,8 @@ class AnyDiffusers(Model):
     files: ClassVar = ((("scheduler/scheduler_config.json",),),)
     parameters: ClassVar[frozenset[str]]
     """What the pipeline's call takes."""
+    frames_per_latent: ClassVar[int] = 1
+    """Of a video, the first frame aside."""
 
     def __init__(self, pipe: Any, vae: Any, *args: Any, use_tiling: bool = False) -> None:
         from .spread_vae import SpreadVae
@@ -66,13 +70,14 @@ class AnyDiffusers(Model):
         from .stepwise import StepwiseCall
 
         pixels, multiple = request.width * request.height, self.options.size_multiple
+        frames = (request.num_frames - 1) // self.frames_per_latent + 1
         sample = CallSample(
             request=request,
             latents=torch.empty(1, 0, device=self.device),
             scheduler=self.new_scheduler(),
             branches=[{}],  # as the engine sees it: branches are spread within the call
             text_tokens=self._text_tokens(request),
-            image_tokens=pixels // multiple**2,
+            image_tokens=pixels // multiple**2 * frames,
         )
         sample.call = StepwiseCall(lambda pause: self._call(sample, pause), self.device)
         if not sample.call.resume():
@@ -90,7 +95,8 @@ class AnyDiffusers(Model):
             transformer=_Transformer(self.pipe.transformer, branches) if branches else self.pipe.transformer,
             progress_bar=steps.of,
         )
-        return pipe(**self._arguments(sample.request), **steps.hooks(), return_dict=False)[0]
+        given = arguments(sample.request, self.options, self.parameters)
+        return pipe(**given, **steps.hooks(), return_dict=False)[0]
 
     def _branches(self, request: Request) -> BranchCalls | None:
         from darkroom.parallel.guidance import BranchCalls
@@ -98,38 +104,6 @@ class AnyDiffusers(Model):
         if self.mesh.cfg.size == 1 or len(self.prompts(request)) == 1:
             return None
         return BranchCalls(self.pipe.transformer, self.mesh.cfg, self.forms)
-
-    def _arguments(self, request: Request) -> dict[str, Any]:
-        """What the pipeline's call is given, of what it takes."""
-        values = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "height": request.height,
-            "width": request.width,
-            "max_area": request.width * request.height,  # some scale the size that is asked for to this many pixels
-            "num_inference_steps": request.num_inference_steps,
-            **self._guidance(request),
-            "max_sequence_length": request.max_sequence_length,
-            "generator": noise_generator(request),
-            "output_type": "pt",
-            **self._pictures(request),
-        }
-        return {name: value for name, value in values.items() if name in self.parameters}
-
-    def _guidance(self, request: Request) -> dict[str, float]:
-        values: dict[str, float] = {self.options.guidance_parameter: request.guidance_scale}
-        if request.embedded_guidance is not None:
-            values["guidance_scale"] = request.embedded_guidance
-        return values
-
-    def _pictures(self, request: Request) -> dict[str, Any]:
-        from darkroom.configs.pictures import load_mask, load_picture
-
-        if not request.images:
-            return {}
-        pictures = [load_picture(image).convert("RGB") for image in request.images]
-        values = {"image": pictures if len(pictures) > 1 else pictures[0], "strength": request.strength}
-        return values if request.mask is None else {**values, "mask_image": load_mask(request.mask)}
 
     def _text_tokens(self, request: Request) -> int:
         parts = (part for name, part in self.pipe.components.items() if name.startswith("tokenizer") and part)
@@ -152,11 +126,14 @@ class AnyDiffusers(Model):
         sample.step += 1  # the call has taken the scheduler's step
 
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """The rest of the calls, in which the stock pipelines decode. Pictures lie in [0, 1]."""
+        """The rest of the calls, in which the stock pipelines decode. Pictures lie in [0, 1].
+
+        -> pictures [B, 3, H, W], or videos [B, 3, F, H, W]
+        """
         import torch
 
-        pictures = [self._finish(sample) for sample in samples]
-        return None if self.mesh.rank > 0 else torch.cat([x for x in pictures if x is not None])
+        made = [self._finish(sample) for sample in samples]
+        return None if self.mesh.rank > 0 else torch.cat([x for x in made if x is not None])
 
     def _finish(self, sample: Sample) -> torch.Tensor | None:
         assert isinstance(sample, CallSample) and sample.call
@@ -164,12 +141,20 @@ class AnyDiffusers(Model):
             raise RuntimeError("a stock pipeline decodes only at the end of its call: there are no previews")
         while sample.call.resume():
             pass
-        result: torch.Tensor | None = sample.call.result
-        return result
+        made: torch.Tensor | None = sample.call.result
+        if made is None or not self.options.fps:
+            return made
+        if made.shape[1] != sample.request.num_frames:
+            raise RuntimeError(
+                f"the pipeline made {made.shape[1]} frames where {sample.request.num_frames} were asked for"
+            )
+        return made.transpose(1, 2)  # it puts frames first
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
-        processor = self.pipe.image_processor
-        pictures: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(decoded))
+        from diffusers.image_processor import VaeImageProcessor
+
+        made = decoded[0].transpose(0, 1) if self.options.fps else decoded
+        pictures: list[Image.Image] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(made))
         return pictures
 
     def drop(self, sample: Sample) -> None:

@@ -40,11 +40,11 @@ class SpreadVae(SharedEncoder):
         encoded = super().encode(x) if self._is_planned else self._vae[0].encode(x)
         return encoded if return_dict else (encoded.latent_dist,)
 
-    def decode(self, z: torch.Tensor, return_dict: bool = True, **options: Any) -> Any:
+    def decode(self, z: torch.Tensor, *args: Any, return_dict: bool = True, **options: Any) -> Any:
         """The picture on the output rank; on the others the call has nothing more to do."""
 
         def whole(latents: torch.Tensor) -> torch.Tensor:
-            picture: torch.Tensor = self._vae[0].decode(latents, return_dict=False, **options)[0]
+            picture: torch.Tensor = self._vae[0].decode(latents, *args, return_dict=False, **options)[0]
             return picture
 
         picture = self._spread(z, whole)
