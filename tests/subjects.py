@@ -36,7 +36,7 @@ from darkroom.models.vision_language import load_processor, mark_pictures
 from darkroom.models.wan import Wan
 from darkroom.models.wan_image_to_video import WanImageToVideo
 from darkroom.models.z_image import ZImage
-from tests import faults, tiny
+from tests import faults, tiny, tiny_video
 from tests.golden import TOLERANCE, picture_file, request, stock_pipeline
 from tests.matrix import CELLS, FEW, PAIRWISE, TEXT_TO_IMAGE, Cell, Kind, Kinds, Trial
 
@@ -613,7 +613,8 @@ def run_other(pipe: Any, request: Request, output_type: str) -> Any:
     """The latents are those of the last step: some pipelines return them in another form. Of videos, "pt" -> [B, F, 3,
     H, W], "pil" -> frames."""
     options, takes = stock_options(request, output_type), inspect.signature(pipe.__call__).parameters
-    options |= {"num_frames": request.num_frames, "frame_rate": request.fps}
+    lengths = ("num_frames", "frames", "video_length")
+    options |= {**dict.fromkeys(lengths, request.num_frames), "frame_rate": request.fps}
     latents: list[Any] = []
     if output_type == "latent":
         options["output_type"] = "pt"
@@ -631,7 +632,7 @@ def run_other(pipe: Any, request: Request, output_type: str) -> Any:
     made = pipe(**{name: value for name, value in options.items() if name in takes}, return_dict=False)[0]
     if output_type == "latent":
         return latents[-1]
-    return made[0] if output_type == "pil" and "num_frames" in takes else made
+    return made[0] if output_type == "pil" and takes.keys() & lengths else made
 
 
 OTHER_REQUESTS = {
@@ -673,24 +674,40 @@ AURA_FLOW = other(diffusers.AuraFlowPipeline, tiny.aura_flow, *ROWS, subset={2: 
 PIXART_SIGMA = other(diffusers.PixArtSigmaPipeline, tiny.pixart_sigma, *ROWS, subset={})
 
 
-def short_video(prompt: str = "a red circle", **values: Any) -> Request:
-    """For pipelines that make 8 frames of a frame of latents."""
+def short(prompt: str = "a red circle", **values: Any) -> Request:
+    """A video of a size and length that every pipeline makes."""
     return video(prompt, **{"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": 2, "fps": 8, **values})
 
 
-OTHER_VIDEOS: dict[str, Any] = {
-    "requests": {
-        "17 frames": short_video("a green star", num_frames=17, fps=25, seed=7),
-        "negative prompt": short_video("a house", negative_prompt="red, blurry", guidance_scale=2.5, width=96),
-        "no guidance": short_video("a cat", guidance_scale=1.0, num_inference_steps=1, num_frames=1),
-    },
-    "kinds": {
-        "interleaved": Kind(requests=[short_video("a cat on the left", seed=3), short_video("two stars", seed=4)]),
-        "batched": Kind(requests=[short_video("a cat", seed=5), short_video("two yellow stars", seed=6)], batched=True),
-        "one branch": Kind(requests=[short_video("a red heart", guidance_scale=1.0, seed=5)]),
-    },
+OTHER_VIDEO_REQUESTS = {
+    "17 frames": short("a green star", num_frames=17, fps=25, seed=7),
+    "negative prompt": short("a house", negative_prompt="red, blurry", guidance_scale=2.5, width=96),
+    "no guidance": short("a cat", guidance_scale=1.0, num_inference_steps=1, num_frames=1),
 }
-LTX = other(diffusers.LTXPipeline, tiny.ltx, ROWS[0], **OTHER_VIDEOS, subset={2: [{"cfg": 2}]})
+OTHER_VIDEOS = {
+    "interleaved": Kind(requests=[short("a cat on the left", seed=3), short("two stars", seed=4)]),
+    "batched": Kind(requests=[short("a cat", seed=5), short("two yellow stars", seed=6)], batched=True),
+    "one branch": Kind(requests=[short("a red heart", guidance_scale=1.0, num_frames=1, seed=5)]),
+}
+LTX = other(
+    diffusers.LTXPipeline,
+    tiny_video.ltx,
+    ROWS[0],
+    requests=OTHER_VIDEO_REQUESTS,
+    kinds=OTHER_VIDEOS,
+    subset={2: [{"cfg": 2}]},
+)
+WIDE_VIDEO = short("a blue moon", width=320, num_frames=5, num_inference_steps=1, guidance_scale=1.0, seed=6)
+SKYREELS_V2 = other(
+    diffusers.SkyReelsV2Pipeline,
+    tiny_video.skyreels_v2,
+    CALLS,
+    replace(TRIALS[4], cell={"cfg": 2, "vae-pp": 2}),
+    replace(TRIALS[5], cell={"cfg": 2, "vae-pp": 2, "vae_use_tiling": True}),
+    requests=OTHER_VIDEO_REQUESTS,
+    kinds={**OTHER_VIDEOS, "large": Kind(requests=[WIDE_VIDEO], tiled=True)},
+    subset={2: [{"cfg": 2, "vae-pp": 2, "vae_use_tiling": True}]},
+)
 
 SUBJECTS: dict[str, Subject] = {
     "qwen_image": QWEN_IMAGE,
@@ -709,5 +726,6 @@ SUBJECTS: dict[str, Subject] = {
     "aura_flow": AURA_FLOW,
     "pixart_sigma": PIXART_SIGMA,
     "ltx": LTX,
+    "skyreels_v2": SKYREELS_V2,
 }
 """By name; a variant's checkpoint is called `<subject>_<variant>`."""

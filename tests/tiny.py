@@ -12,19 +12,14 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
-    AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
-    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
-    CogVideoXDDIMScheduler,
-    CogVideoXTransformer3DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     LongCatImageTransformer2DModel,
-    LTXVideoTransformer3DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -451,63 +446,6 @@ def sana(folder: Path) -> Path:
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
     return _save(folder, "SanaPipeline", parts, torch.float32)
-
-
-def ltx(folder: Path) -> Path:
-    """An LTX pipeline: both guidance branches as one batch. Of 9 frames of 64 x 64 its VAE makes two of 2 x 2."""
-    torch.manual_seed(0)
-    transformer = LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_layers=2,
-        num_attention_heads=4,
-        attention_head_dim=HEAD_DIM,
-        cross_attention_dim=64,
-        caption_channels=64,
-    )
-    vae = AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-    )
-    parts = {
-        "transformer": transformer,
-        "vae": vae,
-        "text_encoder": T5EncoderModel(T5Config(**_T5)),
-        "scheduler": _shifting_scheduler(),
-    }
-    return _save(folder, "LTXPipeline", parts, torch.float32)
-
-
-def cogvideox(folder: Path) -> Path:
-    """A CogVideoX pipeline, whose VAE decodes latents two by two."""
-    torch.manual_seed(0)
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=HEAD_DIM,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=16,
-        text_embed_dim=64,
-        num_layers=2,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=9,
-        max_text_seq_length=16,
-        use_rotary_positional_embeddings=True,
-    )
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
-    )
-    parts = {
-        "transformer": transformer,
-        "vae": vae,
-        "text_encoder": T5EncoderModel(T5Config(**_T5)),
-        "scheduler": CogVideoXDDIMScheduler(),
-    }
-    return _save(folder, "CogVideoXPipeline", parts, torch.float32)
 
 
 _T5: dict[str, Any] = {

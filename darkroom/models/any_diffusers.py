@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
 
-from . import autoencoder_kl
 from .base import Model, Sample
 from .stock_call import arguments
+from .stock_vaes import SPREADABLE, SpreadableVae
 
 if TYPE_CHECKING:
     import torch
@@ -57,12 +57,20 @@ class AnyDiffusers(Model):
         if use_tiling and self.components["vae"].plan.spatial is None:
             raise ConfigError(f"--vae-use-tiling: the tiles of {self.components['vae'].name} are not known")
         super().__init__(pipe, vae, *args, use_tiling=use_tiling)
-        self.pipe.vae = SpreadVae(self, self.tiling() if use_tiling else None)
+        self.pipe.vae = SpreadVae(self, self.encode_tiling() if use_tiling else None)
         self.forms: dict[Any, Any] = {}
         """What `BranchCalls` has learnt."""
 
+    @property
+    def known_vae(self) -> SpreadableVae:
+        """For those of which a plan says how they are spread."""
+        return SPREADABLE[self.components["vae"].name]
+
     def tiling(self) -> Tiling:
-        return autoencoder_kl.tiling(self.vae)
+        return self.known_vae.tiling(self.vae)
+
+    def encode_tiling(self) -> Tiling:
+        return self.known_vae.encode_tiling(self.vae)
 
     def prepare(self, request: Request) -> Sample:
         import torch

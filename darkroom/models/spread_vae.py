@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,13 @@ from darkroom.parallel.spatial import SharedEncoder, Tiling
 from .stepwise import EndOfCall
 
 if TYPE_CHECKING:
-    from .base import Model
+    from .any_diffusers import AnyDiffusers
 
 
 class SpreadVae(SharedEncoder):
     """For a VAE that every rank holds: pipelines read what they like of it, also where others decode."""
 
-    def __init__(self, model: Model, tiling: Tiling | None) -> None:
+    def __init__(self, model: AnyDiffusers, tiling: Tiling | None) -> None:
         super().__init__(model.vae, model.mesh, model.device, model.vae.dtype, tiling)
         self._model = [model]  # in a list: neither a child nor a parameter
         self._is_planned = model.components["vae"].plan.spatial is not None
@@ -53,6 +54,8 @@ class SpreadVae(SharedEncoder):
         return DecoderOutput(sample=picture) if return_dict else (picture,)
 
     def _spread(self, z: torch.Tensor, whole: Any) -> torch.Tensor | None:
-        if self._is_planned:
-            return self._model[0].spread_decode(z, whole, whole)
-        return whole(z) if self.mesh.rank == 0 else None
+        if not self._is_planned:
+            return whole(z) if self.mesh.rank == 0 else None
+        known, vae = self._model[0].known_vae, self._vae[0]
+        tile = partial(known.decode_tile, vae) if known.decode_tile else whole
+        return self._model[0].spread_decode(z, whole, tile, known.finish and partial(known.finish, vae))

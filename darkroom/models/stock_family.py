@@ -11,13 +11,14 @@ from typing import Any
 from darkroom.configs.errors import ConfigError
 from darkroom.parallel.plan import Plan
 
-from . import autoencoder_kl, stock_video
+from . import stock_video
 from .any_diffusers import AnyDiffusers
 from .base import Component, Model
 from .json_file import read_json
 from .stock import Source, find_class
 from .stock_capabilities import capabilities
 from .stock_plans import sequence_plan, tensor_plan
+from .stock_vaes import SPREADABLE
 from .text_encoders import BY_CLASS
 
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
@@ -38,7 +39,6 @@ _PICTURES = {
     *("image_embeds", "last_image", "image_cond_noise_scale", "mask_feature"),
 }
 """Parameters of pictures and videos: those that are filled, and those that a call does without."""
-_VAE_PLANS = {"AutoencoderKL": autoencoder_kl.VAE.plan, "AutoencoderKLFlux2": autoencoder_kl.VAE.plan}
 
 
 def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
@@ -102,7 +102,7 @@ def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dic
         if name in BY_CLASS and pipeline.only_calls(part):
             components[part] = _without_unread(BY_CLASS[name], pipeline, _config(folder / part))
             continue
-        plan = _plan(part, name, folder)
+        plan = _plan(pipeline, part, name, folder)
         components[part] = Component(
             module="diffusers.models" if library == "diffusers" else library,
             name=name,
@@ -120,9 +120,10 @@ def _without_unread(encoder: Component, pipeline: Source, config: Mapping[str, A
     return replace(encoder, unread="layers", unread_layers=unread) if unread > 0 else encoder
 
 
-def _plan(part: str, name: str, folder: Path) -> Plan:
+def _plan(pipeline: Source, part: str, name: str, folder: Path) -> Plan:
     if part == "vae":
-        return _VAE_PLANS.get(name, Plan())
+        takes_turns = "decode_chunk_size" in pipeline.parameters("__call__")  # ranks leave the call after one decode
+        return SPREADABLE[name].plan if name in SPREADABLE and not takes_turns else Plan()
     source = find_class(name, "models/transformers") if part == "transformer" else None
     if source is None:
         return Plan()

@@ -17,7 +17,7 @@ from darkroom.models.checkpoint import Checkpoint
 from darkroom.models.stock import Source, find_class
 from darkroom.models.stock_capabilities import capabilities as derived
 from darkroom.models.stock_family import why_not
-from tests import tiny
+from tests import tiny, tiny_video
 from tests.matrix import refusal
 
 RUN: dict[str, tuple[str, str, tuple[int, tuple[int, int], int, int, int]]] = {
@@ -202,7 +202,7 @@ def test_what_is_not_known_is_refused() -> None:
 
 
 def test_a_folder_is_checked(tmp_path: Path) -> None:
-    folder = tiny.ltx(tmp_path / "ltx")
+    folder = tiny_video.ltx(tmp_path / "ltx")
     assert refusal({"cfg": 2}, folder) is None
     assert "has no plan for vae parallelism; it has: cfg" in (refusal({"cfg": 2, "vae-pp": 2}, folder) or "")
     assert Checkpoint.open(str(folder)).capabilities.frame_multiple == 8
