@@ -127,6 +127,9 @@ class Subject:
     subset: Mapping[int, list[Cell]] = field(default_factory=lambda: FEW[0])
     """The layouts that are tried unless the whole matrix is asked for."""
 
+    more: Mapping[int, list[Cell]] = field(default_factory=dict)
+    """Layouts beside those that every family is tried in."""
+
     @property
     def title(self) -> str:
         return self.pipeline.__name__ if self.family is AnyDiffusers else self.family.capabilities.family
@@ -139,10 +142,14 @@ class Subject:
         with TemporaryDirectory() as root:
             return Checkpoint.open(str(next(iter(self.variants.values()))(Path(root) / "checkpoint"))).capabilities
 
+    def cells(self, every: Mapping[int, list[Cell]]) -> dict[int, list[Cell]]:
+        """All layouts, of which these are every family's."""
+        return {size: [*some, *self.more.get(size, [])] for size, some in every.items()}
+
     def layouts(self, size: int, whole: bool) -> dict[str, list[Cell]]:
         """What is tried on so many ranks, by variant. Of a subset each layout in one variant, in turn."""
         if whole:
-            return dict.fromkeys(self.variants, CELLS[size])
+            return dict.fromkeys(self.variants, self.cells(CELLS)[size])
         cells, number = self.subset.get(size, []), len(self.variants)
         return {name: mine for i, name in enumerate(self.variants) if (mine := cells[i::number])}
 
@@ -696,6 +703,7 @@ LTX = other(
     requests=OTHER_VIDEO_REQUESTS,
     kinds=OTHER_VIDEOS,
     subset={2: [{"cfg": 2}]},
+    more={2: [{"cfg": 2}]},  # the VAE has no plan, and in every other layout it would need one
 )
 WIDE_VIDEO = short("a blue moon", width=320, num_frames=5, num_inference_steps=1, guidance_scale=1.0, seed=6)
 SKYREELS_V2 = other(
