@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AdaptiveProjectedGuidance,
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
@@ -19,6 +20,7 @@ from diffusers import (
     LatteTransformer3DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
+    MotifVideoTransformer3DModel,
     SkyReelsV2Transformer3DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
@@ -199,6 +201,27 @@ def latte(folder: Path) -> Path:
         "scheduler": CogVideoXDDIMScheduler(),
     }
     return tiny._save(folder, "LattePipeline", parts, torch.float32)
+
+
+def motif_video(folder: Path) -> Path:
+    """A Motif-Video pipeline, guided by a part of its own, which remembers past predictions."""
+    torch.manual_seed(0)
+    transformer = MotifVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=tiny.HEAD_DIM,
+        num_layers=1,
+        num_single_layers=1,
+        text_embed_dim=64,
+        rope_axes_dim=(4, 6, 6),
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": tiny._wan_vae(False),
+        "text_encoder": T5EncoderModel(T5Config(**tiny._T5)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "guider": AdaptiveProjectedGuidance(guidance_scale=5.0, adaptive_projected_guidance_momentum=0.5),
+    }
+    return tiny._save(folder, "MotifVideoPipeline", parts, torch.float32, feature_extractor=[None, None])
 
 
 def ltx_condition(folder: Path) -> Path:

@@ -9,7 +9,7 @@ decode.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,7 +43,8 @@ class CallSample(Sample):
 
 
 class AnyDiffusers(Model):
-    """Runs the stock `__call__`. Each sample has its own shallow copy of the pipeline, and its own scheduler."""
+    """Runs the stock `__call__`. Each sample has its own shallow copy of the pipeline, and its own parts where these keep
+    state from step to step: the scheduler, and what guides by past predictions."""
 
     files: ClassVar = ((("scheduler/scheduler_config.json",),),)
     parameters: ClassVar[frozenset[str]]
@@ -94,11 +95,14 @@ class AnyDiffusers(Model):
 
     def _call(self, sample: CallSample, pause: Callable[[], None]) -> Any:
         """Runs on the call's thread."""
+        from diffusers.guiders.guider_utils import BaseGuidance
+
         from .stepwise import Steps
 
         pipe, branches = copy(self.pipe), self._branches(sample.request)
         steps = Steps(sample, pause, branches, self.parameters)
         vars(pipe).update(
+            **{name: deepcopy(part) for name, part in pipe.components.items() if isinstance(part, BaseGuidance)},
             scheduler=sample.scheduler,
             transformer=_Transformer(self.pipe.transformer, branches) if branches else self.pipe.transformer,
             progress_bar=steps.of,

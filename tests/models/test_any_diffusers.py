@@ -135,6 +135,7 @@ def one_request(rank: int, size: int, folder: Path, cell: Cell, wanted: Request)
         (tiny_video.hunyuan_video, {"num_frames": 5, "embedded_guidance": 6.0}),
         (tiny_video.latte, {"num_frames": 4}),
         (tiny_video.ltx_image_to_video, {"images": (WIDE,)}),
+        (tiny_video.motif_video, {"num_frames": 5, "guidance_scale": 1.0}),
         (tiny_video.ltx_condition, {}),
         (tiny_video.ltx_condition, {"images": (WIDE,)}),
         pytest.param(
@@ -154,6 +155,15 @@ def test_videos_are_the_stock_pipelines(build: Callable[[Path], Path], given: di
         cls = getattr(diffusers, one.model.pipelines[0])
     theirs = run_other(stock_pipeline(cls, folder), wanted, "pt")
     assert torch.equal(made.transpose(1, 2), theirs)
+
+
+def test_what_guides_by_past_predictions_is_each_requests_own(tmp_path: Path) -> None:
+    given = {"num_frames": 1, "guidance_scale": 1.0, "num_inference_steps": 3}
+    requests = [short("a cat", **given), short("a dog", seed=1, **given)]
+    with worker(tiny_video.motif_video(tmp_path / "motif"), ParallelConfig()) as one:
+        together = generate(one, requests)
+        alone = {str(i): generate(one, [each])["0"] for i, each in enumerate(requests)}
+    assert difference(together, alone) == 0
 
 
 def test_tokens_of_a_video_are_those_of_its_latent_frames(tmp_path: Path) -> None:
