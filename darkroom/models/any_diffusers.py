@@ -43,8 +43,8 @@ class CallSample(Sample):
 
 
 class AnyDiffusers(Model):
-    """Runs the stock `__call__`. Each sample has its own shallow copy of the pipeline, and its own parts where these keep
-    state from step to step: the scheduler, and what guides by past predictions."""
+    """Runs the stock `__call__`. Each sample has its own shallow copy of the pipeline, and its own parts of those that
+    keep state from step to step: the scheduler, and what guides by past predictions."""
 
     files: ClassVar = ((("scheduler/scheduler_config.json",),),)
     parameters: ClassVar[frozenset[str]]
