@@ -622,6 +622,8 @@ def run_other(pipe: Any, request: Request, output_type: str) -> Any:
     options, takes = stock_options(request, output_type), inspect.signature(pipe.__call__).parameters
     lengths = ("num_frames", "frames", "video_length")
     options |= {**dict.fromkeys(lengths, request.num_frames), "frame_rate": request.fps}
+    if takes.keys() & lengths:
+        options["use_resolution_binning"] = False
     latents: list[Any] = []
     if output_type == "latent":
         options["output_type"] = "pt"

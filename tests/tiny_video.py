@@ -21,9 +21,19 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
     MotifVideoTransformer3DModel,
+    SanaVideoTransformer3DModel,
     SkyReelsV2Transformer3DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from tests import tiny
 
@@ -87,6 +97,28 @@ def cogvideox(folder: Path, *, begins: bool = False) -> Path:
     }
     name = f"CogVideoX{'ImageToVideo' if begins else ''}Pipeline"
     return tiny._save(folder, name, parts, torch.float32)
+
+
+def sana_video(folder: Path, *, begins: bool = False) -> Path:
+    """A Sana-Video pipeline with Wan's VAE; or one whose videos begin with a picture."""
+    torch.manual_seed(0)
+    transformer = SanaVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=tiny.HEAD_DIM,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=tiny.HEAD_DIM,
+        cross_attention_dim=32,
+        caption_channels=64,
+        rope_max_seq_len=64,
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": tiny._wan_vae(False),
+        "text_encoder": Gemma2Model(Gemma2Config(**tiny._DECODER)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+    }
+    return tiny._save(folder, f"Sana{'ImageTo' if begins else ''}VideoPipeline", parts, torch.float32)
 
 
 def skyreels_v2(folder: Path) -> Path:

@@ -24,6 +24,11 @@ class SpreadVae(SharedEncoder):
         self._model = [model]  # in a list: neither a child nor a parameter
         self._is_planned = model.components["vae"].plan.spatial is not None
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Some pipelines ask which VAE they have by `isinstance`."""
+        return type(self.__dict__["_vae"][0])
+
     def __getattr__(self, name: str) -> Any:
         """`nn.Module` asks for what it does not hold itself."""
         try:

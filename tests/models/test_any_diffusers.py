@@ -135,6 +135,7 @@ def one_request(rank: int, size: int, folder: Path, cell: Cell, wanted: Request)
         (tiny_video.hunyuan_video, {"num_frames": 5, "embedded_guidance": 6.0}),
         (tiny_video.latte, {"num_frames": 4}),
         (tiny_video.ltx_image_to_video, {"images": (WIDE,)}),
+        (lambda folder: tiny_video.sana_video(folder, begins=True), {"num_frames": 5, "images": (WIDE,)}),
         (tiny_video.motif_video, {"num_frames": 5, "guidance_scale": 1.0}),
         (tiny_video.ltx_condition, {}),
         (tiny_video.ltx_condition, {"images": (WIDE,)}),
