@@ -17,6 +17,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5Transformer3DModel,
     LatteTransformer3DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
@@ -160,17 +161,11 @@ def hunyuan_video(folder: Path) -> Path:
         pooled_projection_dim=32,
         rope_axes_dim=(4, 6, 6),
     )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
-    )
-    clip = CLIPTextConfig(
-        vocab_size=757, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, eos_token_id=1
-    )
     parts = {
         "transformer": transformer,
-        "vae": vae,
+        "vae": _hunyuan_vae(),
         "text_encoder": LlamaModel(LlamaConfig(**tiny._DECODER)),
-        "text_encoder_2": CLIPTextModel(clip),
+        "text_encoder_2": _clip(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
     }
     tiny._save(folder, "HunyuanVideoPipeline", parts, torch.float32, tokenizer_2=["transformers", "Qwen2Tokenizer"])
@@ -204,6 +199,56 @@ def mochi(folder: Path) -> Path:
         "scheduler": FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     }
     return tiny._save(folder, "MochiPipeline", parts, torch.float32, force_zeros_for_empty_prompt=True)
+
+
+def kandinsky5(folder: Path, *, begins: bool = False) -> Path:
+    """A Kandinsky 5 pipeline, whose tokenizer is a processor of pictures too; or one whose videos begin with one."""
+    torch.manual_seed(0)
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=64,
+        in_text_dim2=32,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=48,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+        visual_cond=begins,
+    )
+    parts = {
+        "transformer": transformer,
+        "vae": _hunyuan_vae(),
+        "text_encoder": tiny._text_encoder(64, 4, 2),
+        "text_encoder_2": _clip(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+    }
+    name = f"Kandinsky5{'I' if begins else 'T'}2VPipeline"
+    tokenizers = {"tokenizer": ["transformers", "Qwen2VLProcessor"], "tokenizer_2": ["transformers", "Qwen2Tokenizer"]}
+    tiny._save(folder, name, parts, torch.float32, **tokenizers)
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    tiny._with_window(folder, 77)  # of the second's: they are exchanged
+    (folder / "tokenizer").rename(folder / "x")
+    (folder / "tokenizer_2").rename(folder / "tokenizer")
+    (folder / "x").rename(folder / "tokenizer_2")
+    (folder / "tokenizer" / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"})
+    )
+    return folder
+
+
+def _hunyuan_vae() -> AutoencoderKLHunyuanVideo:
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+
+
+def _clip() -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=757, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, eos_token_id=1
+    )
+    return CLIPTextModel(config)
 
 
 def latte(folder: Path) -> Path:

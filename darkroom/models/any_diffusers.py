@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.errors import ConfigError
@@ -51,6 +52,15 @@ class AnyDiffusers(Model):
     """What the pipeline's call takes."""
     frames_per_latent: ClassVar[int] = 1
     """Of a video, the first frame aside."""
+
+    processor_parts: ClassVar[tuple[str, ...]] = ()
+    """Tokenizers that are processors of pictures and videos too, and are given texts."""
+
+    @classmethod
+    def processors(cls, folder: Path) -> dict[str, Any]:
+        from .vision_language import load_processor
+
+        return {part: load_processor(folder / part) for part in cls.processor_parts}
 
     def __init__(self, pipe: Any, vae: Any, *args: Any, use_tiling: bool = False) -> None:
         from .spread_vae import SpreadVae
@@ -119,7 +129,8 @@ class AnyDiffusers(Model):
 
     def _text_tokens(self, request: Request) -> int:
         parts = (part for name, part in self.pipe.components.items() if name.startswith("tokenizer") and part)
-        lengths = [len(tokenizer(request.prompt).input_ids) for tokenizer in parts]
+        tokenizers = (getattr(part, "tokenizer", part) for part in parts)
+        lengths = [len(tokenizer(request.prompt).input_ids) for tokenizer in tokenizers]
         return min(max(lengths, default=0), request.max_sequence_length)
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ _CONTROLS = {
     *("control_video", "pose_video", "id_cond"),
 }
 _PICTURE = re.compile(r"image|mask|font|video")
+_PROCESSOR = "Qwen2VLProcessor"
 _TEXT_MASK = re.compile(r"(attention|embeds)_mask")
 _PICTURES = {
     "image",
@@ -55,6 +56,7 @@ def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
         "components": components,
         "capabilities": capabilities(name, pipeline, index, configs, components),
         "parameters": frozenset(pipeline.parameters("__call__")),
+        "processor_parts": tuple(part for part, x in index.items() if part.startswith("tokenizer") and _PROCESSOR in x),
         "frames_per_latent": stock_video.frames_per_latent(pipeline, configs),
     }
     return type(name.removesuffix("Pipeline"), (AnyDiffusers,), attributes)

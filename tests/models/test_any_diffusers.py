@@ -133,6 +133,8 @@ def one_request(rank: int, size: int, folder: Path, cell: Cell, wanted: Request)
         (tiny_video.cogvideox, {}),
         (lambda folder: tiny_video.cogvideox(folder, begins=True), {"images": (WIDE,)}),
         (tiny_video.hunyuan_video, {"num_frames": 5, "embedded_guidance": 6.0}),
+        (tiny_video.kandinsky5, {"num_frames": 5}),
+        (lambda folder: tiny_video.kandinsky5(folder, begins=True), {"num_frames": 21, "images": (WIDE,)}),
         (tiny_video.latte, {"num_frames": 4}),
         (tiny_video.ltx_image_to_video, {"images": (WIDE,)}),
         (lambda folder: tiny_video.sana_video(folder, begins=True), {"num_frames": 5, "images": (WIDE,)}),
@@ -154,7 +156,8 @@ def test_videos_are_the_stock_pipelines(build: Callable[[Path], Path], given: di
         assert made is not None and made.shape == (1, 3, wanted.num_frames, 64, 64)
         assert len(one.model.pictures(made)) == wanted.num_frames
         cls = getattr(diffusers, one.model.pipelines[0])
-    theirs = run_other(stock_pipeline(cls, folder), wanted, "pt")
+        processors = one.model.processors(folder)
+    theirs = run_other(stock_pipeline(cls, folder, **processors), wanted, "pt")
     assert torch.equal(made.transpose(1, 2), theirs)
 
 
