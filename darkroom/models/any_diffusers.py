@@ -171,6 +171,8 @@ class AnyDiffusers(Model):
             raise RuntimeError(
                 f"the pipeline made {made.shape[1]} frames where {sample.request.num_frames} were asked for"
             )
+        if not made.isfinite().all():  # as some do of a video that is too short for them
+            raise RuntimeError("the pipeline made frames that are no numbers")
         return made.transpose(1, 2)  # it puts frames first
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:

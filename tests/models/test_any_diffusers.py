@@ -213,6 +213,16 @@ def test_a_video_of_another_length_is_no_answer(tmp_path: Path) -> None:
         generate(one, [short(num_frames=5, max_sequence_length=16)])
 
 
+@pytest.mark.filterwarnings("ignore:std")
+def test_a_video_of_no_numbers_is_no_answer(tmp_path: Path) -> None:
+    """This pipeline fits its first four frames of latents to those behind them, and here there are none."""
+    with (
+        worker(tiny_video.kandinsky5(tmp_path / "kandinsky", begins=True), ParallelConfig()) as one,
+        pytest.raises(RuntimeError, match="frames that are no numbers"),
+    ):
+        generate(one, [of_video({"num_frames": 9, **FROM_PICTURE})])
+
+
 def test_the_whole_engine_makes_a_video(tmp_path: Path) -> None:
     params = SamplingParams(width=64, height=64, num_frames=17, fps=12, num_inference_steps=2, seed=3)
     with Darkroom(str(tiny_video.ltx(tmp_path / "ltx")), device="cpu", dtype="float32") as darkroom:
