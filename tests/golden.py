@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
@@ -103,8 +104,11 @@ def decode_noise(worker: Worker, requests: Sequence[Request]) -> Outputs:
 def _decode_drawn(model: Model, request: Request) -> tuple[Tensor, Tensor | None]:
     """A stock pipeline decodes at the end of its call only: what it would give its VAE is drawn instead."""
     config = model.pipe.vae.config
-    scale = 2 ** (len(config.block_out_channels) - 1)
-    shape = (1, config.latent_channels, request.height // scale, request.width // scale)
+    if isinstance(model.vae, AutoencoderKLWan):
+        scale, shape = config.scale_factor_spatial, (1, config.z_dim, (request.num_frames - 1) // 4 + 1)
+    else:
+        scale, shape = 2 ** (len(config.block_out_channels) - 1), (1, config.latent_channels)
+    shape = (*shape, request.height // scale, request.width // scale)
     z = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
     try:
         return z, model.pipe.vae.decode(z).sample

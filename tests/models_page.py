@@ -107,7 +107,7 @@ def measure(subject: Subject, root: Path, cells: Mapping[int, list[Cell]], bar: 
     first = dict([next(iter(folders.items()))])
     _compare_with_stock(subject, first, measured, bar)
     expected = OneProcess(folders, subject.kinds)
-    for size, some in cells.items():
+    for size, some in subject.cells(cells).items():
         _compare_layouts(subject, folders, expected, size, some, measured, bar)
     if subject.eight:
         large = {"8_heads": subject.eight(root / "8_heads")}
@@ -167,7 +167,7 @@ def _try_faults(subject: Subject, first: dict[str, Path], expected: Expected, me
 def comparisons(subject: Subject, cells: Mapping[int, list[Cell]]) -> int:
     """How many `measure` makes."""
     capabilities = subject.capabilities
-    planned = sum(not lacks(cell, capabilities) for some in cells.values() for cell in some)
+    planned = sum(not lacks(cell, capabilities) for some in subject.cells(cells).values() for cell in some)
     eight = sum(not lacks(cell, capabilities) for cell in EIGHT) if subject.eight else 0
     trials = sum(not lacks(trial.cell, capabilities) for trial in subject.trials)
     return len(subject.requests) + len(subject.variants) * planned + eight + trials
@@ -193,7 +193,7 @@ def _text(value: Any) -> str:
 
 def section(subject: Subject, measured: Measured, cells: Mapping[int, list[Cell]]) -> str:
     variants = [*subject.variants, *(["8_heads"] if subject.eight else [])]
-    every = [cell for some in cells.values() for cell in some] + (EIGHT if subject.eight else [])
+    every = [cell for some in subject.cells(cells).values() for cell in some] + (EIGHT if subject.eight else [])
     header = ["layout", "ranks", *(name.replace("_", " ") for name in variants), "tiles"]
     rows = [header, ["---"] * len(header), *(_row(cell, subject, variants, measured) for cell in every)]
     table = "\n".join(map(_line, rows))
@@ -250,7 +250,7 @@ def _described_anew(page: Path, subjects: Iterable[Subject], cells: Mapping[int,
         head, *lines = f"| layout{old[subject.title].partition('| layout')[2].rstrip()}".split("\n")
         rule, measured = lines[0], {line.split("`")[1]: line for line in lines[1:] if line.startswith("| `")}
         variants = head.strip("| ").split(" | ")[2:-1]
-        every = [cell for some in cells.values() for cell in some] + (EIGHT if subject.eight else [])
+        every = [cell for some in subject.cells(cells).values() for cell in some] + (EIGHT if subject.eight else [])
         rows = [measured.get(flags(cell)) or _line(_row(cell, subject, variants, Measured())) for cell in every]
         table = "\n".join([head, rule, *rows])
         sections[subject.title] = f"{describe(subject.capabilities)}\n{table}\n\n{lines[-1]}\n"

@@ -36,7 +36,7 @@ from darkroom.models.vision_language import load_processor, mark_pictures
 from darkroom.models.wan import Wan
 from darkroom.models.wan_image_to_video import WanImageToVideo
 from darkroom.models.z_image import ZImage
-from tests import faults, tiny
+from tests import faults, tiny, tiny_video
 from tests.golden import TOLERANCE, picture_file, request, stock_pipeline
 from tests.matrix import CELLS, FEW, PAIRWISE, TEXT_TO_IMAGE, Cell, Kind, Kinds, Trial
 
@@ -127,6 +127,9 @@ class Subject:
     subset: Mapping[int, list[Cell]] = field(default_factory=lambda: FEW[0])
     """The layouts that are tried unless the whole matrix is asked for."""
 
+    more: Mapping[int, list[Cell]] = field(default_factory=dict)
+    """Layouts beside those that every family is tried in."""
+
     @property
     def title(self) -> str:
         return self.pipeline.__name__ if self.family is AnyDiffusers else self.family.capabilities.family
@@ -139,10 +142,14 @@ class Subject:
         with TemporaryDirectory() as root:
             return Checkpoint.open(str(next(iter(self.variants.values()))(Path(root) / "checkpoint"))).capabilities
 
+    def cells(self, every: Mapping[int, list[Cell]]) -> dict[int, list[Cell]]:
+        """All layouts, of which these are every family's."""
+        return {size: [*some, *self.more.get(size, [])] for size, some in every.items()}
+
     def layouts(self, size: int, whole: bool) -> dict[str, list[Cell]]:
         """What is tried on so many ranks, by variant. Of a subset each layout in one variant, in turn."""
         if whole:
-            return dict.fromkeys(self.variants, CELLS[size])
+            return dict.fromkeys(self.variants, self.cells(CELLS)[size])
         cells, number = self.subset.get(size, []), len(self.variants)
         return {name: mine for i, name in enumerate(self.variants) if (mine := cells[i::number])}
 
@@ -610,8 +617,13 @@ WAN_IMAGE_TO_VIDEO = Subject(
 
 
 def run_other(pipe: Any, request: Request, output_type: str) -> Any:
-    """The latents are those of the last step: some pipelines return them in another form."""
+    """The latents are those of the last step: some pipelines return them in another form. Of videos, "pt" -> [B, F, 3,
+    H, W], "pil" -> frames."""
     options, takes = stock_options(request, output_type), inspect.signature(pipe.__call__).parameters
+    lengths = ("num_frames", "frames", "video_length")
+    options |= {**dict.fromkeys(lengths, request.num_frames), "frame_rate": request.fps}
+    if takes.keys() & lengths:
+        options["use_resolution_binning"] = False
     latents: list[Any] = []
     if output_type == "latent":
         options["output_type"] = "pt"
@@ -624,9 +636,12 @@ def run_other(pipe: Any, request: Request, output_type: str) -> Any:
     if request.embedded_guidance is not None:
         options["guidance_scale"] = request.embedded_guidance
     if request.images:
-        options["image"] = [opened(image) for image in request.images]
-    pictures = pipe(**{name: value for name, value in options.items() if name in takes}).images
-    return latents[-1] if output_type == "latent" else pictures
+        pictures = [opened(image) for image in request.images]
+        options["image"] = pictures[0] if request.task == "image-to-video" else pictures
+    made = pipe(**{name: value for name, value in options.items() if name in takes}, return_dict=False)[0]
+    if output_type == "latent":
+        return latents[-1]
+    return made[0] if output_type == "pil" and takes.keys() & lengths else made
 
 
 OTHER_REQUESTS = {
@@ -667,6 +682,43 @@ FLUX_2_KLEIN = other(
 AURA_FLOW = other(diffusers.AuraFlowPipeline, tiny.aura_flow, *ROWS, subset={2: [{"cfg": 2}, {"cfg": 2, "vae-pp": 2}]})
 PIXART_SIGMA = other(diffusers.PixArtSigmaPipeline, tiny.pixart_sigma, *ROWS, subset={})
 
+
+def short(prompt: str = "a red circle", **values: Any) -> Request:
+    """A video of a size and length that every pipeline makes."""
+    return video(prompt, **{"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": 2, "fps": 8, **values})
+
+
+OTHER_VIDEO_REQUESTS = {
+    "17 frames": short("a green star", num_frames=17, fps=25, seed=7),
+    "negative prompt": short("a house", negative_prompt="red, blurry", guidance_scale=2.5, width=96),
+    "no guidance": short("a cat", guidance_scale=1.0, num_inference_steps=1, num_frames=1),
+}
+OTHER_VIDEOS = {
+    "interleaved": Kind(requests=[short("a cat on the left", seed=3), short("two stars", seed=4)]),
+    "batched": Kind(requests=[short("a cat", seed=5), short("two yellow stars", seed=6)], batched=True),
+    "one branch": Kind(requests=[short("a red heart", guidance_scale=1.0, num_frames=1, seed=5)]),
+}
+LTX = other(
+    diffusers.LTXPipeline,
+    tiny_video.ltx,
+    ROWS[0],
+    requests=OTHER_VIDEO_REQUESTS,
+    kinds=OTHER_VIDEOS,
+    subset={2: [{"cfg": 2}]},
+    more={2: [{"cfg": 2}]},  # the VAE has no plan, and in every other layout it would need one
+)
+WIDE_VIDEO = short("a blue moon", width=320, num_frames=5, num_inference_steps=1, guidance_scale=1.0, seed=6)
+SKYREELS_V2 = other(
+    diffusers.SkyReelsV2Pipeline,
+    tiny_video.skyreels_v2,
+    CALLS,
+    replace(TRIALS[4], cell={"cfg": 2, "vae-pp": 2}),
+    replace(TRIALS[5], cell={"cfg": 2, "vae-pp": 2, "vae_use_tiling": True}),
+    requests=OTHER_VIDEO_REQUESTS,
+    kinds={**OTHER_VIDEOS, "large": Kind(requests=[WIDE_VIDEO], tiled=True)},
+    subset={2: [{"cfg": 2, "vae-pp": 2, "vae_use_tiling": True}]},
+)
+
 SUBJECTS: dict[str, Subject] = {
     "qwen_image": QWEN_IMAGE,
     "qwen_image_edit": QWEN_IMAGE_EDIT,
@@ -683,5 +735,7 @@ SUBJECTS: dict[str, Subject] = {
     "flux2_klein": FLUX_2_KLEIN,
     "aura_flow": AURA_FLOW,
     "pixart_sigma": PIXART_SIGMA,
+    "ltx": LTX,
+    "skyreels_v2": SKYREELS_V2,
 }
 """By name; a variant's checkpoint is called `<subject>_<variant>`."""

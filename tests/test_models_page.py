@@ -127,7 +127,7 @@ def test_check_agrees_with_the_page(name: str, checkpoints: dict[str, Path], tmp
     folders = {variant: checkpoints[f"{name}_{variant}"] for variant in subject.variants}
     folders |= {"8_heads": subject.eight(tmp_path / "8_heads")} if subject.eight else {}
     table = dict(rows(subject))
-    every = [cell for cells in CELLS.values() for cell in cells] + (EIGHT if subject.eight else [])
+    every = [cell for cells in subject.cells(CELLS).values() for cell in cells] + (EIGHT if subject.eight else [])
     assert list(table) == [flags(cell) for cell in every]
     for layout, found in table.items():
         for variant, result in found.items():

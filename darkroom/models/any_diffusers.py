@@ -1,4 +1,5 @@
-"""Any other pipeline of diffusers that denoises pictures with a transformer: its own `__call__`, a step at a time.
+"""Any other pipeline of diffusers that denoises pictures or videos with a transformer: its own `__call__`, a step at a
+time.
 
 What such a pipeline can do is not declared here but derived (`stock_family`), from its source and its checkpoint's
 configs; a `darkroom.json` overrides it. Its guidance branches are spread over ranks from outside, and so is its VAE's
@@ -8,15 +9,17 @@ decode.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
 
-from . import autoencoder_kl
-from .base import Model, Sample, noise_generator
+from .base import Model, Sample
+from .stock_call import arguments
+from .stock_vaes import SPREADABLE, SpreadableVae
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +44,23 @@ class CallSample(Sample):
 
 
 class AnyDiffusers(Model):
-    """Runs the stock `__call__`. Each sample has its own shallow copy of the pipeline, and its own scheduler."""
+    """Runs the stock `__call__`. Each sample has its own shallow copy of the pipeline, and its own parts of those that
+    keep state from step to step: the scheduler, and what guides by past predictions."""
 
     files: ClassVar = ((("scheduler/scheduler_config.json",),),)
     parameters: ClassVar[frozenset[str]]
     """What the pipeline's call takes."""
+    frames_per_latent: ClassVar[int] = 1
+    """Of a video, the first frame aside."""
+
+    processor_parts: ClassVar[tuple[str, ...]] = ()
+    """Tokenizers that are processors of pictures and videos too, and are given texts."""
+
+    @classmethod
+    def processors(cls, folder: Path) -> dict[str, Any]:
+        from .vision_language import load_processor
+
+        return {part: load_processor(folder / part) for part in cls.processor_parts}
 
     def __init__(self, pipe: Any, vae: Any, *args: Any, use_tiling: bool = False) -> None:
         from .spread_vae import SpreadVae
@@ -53,12 +68,20 @@ class AnyDiffusers(Model):
         if use_tiling and self.components["vae"].plan.spatial is None:
             raise ConfigError(f"--vae-use-tiling: the tiles of {self.components['vae'].name} are not known")
         super().__init__(pipe, vae, *args, use_tiling=use_tiling)
-        self.pipe.vae = SpreadVae(self, self.tiling() if use_tiling else None)
+        self.pipe.vae = SpreadVae(self, self.encode_tiling() if use_tiling else None)
         self.forms: dict[Any, Any] = {}
         """What `BranchCalls` has learnt."""
 
+    @property
+    def known_vae(self) -> SpreadableVae:
+        """For those of which a plan says how they are spread."""
+        return SPREADABLE[self.components["vae"].name]
+
     def tiling(self) -> Tiling:
-        return autoencoder_kl.tiling(self.vae)
+        return self.known_vae.tiling(self.vae)
+
+    def encode_tiling(self) -> Tiling:
+        return self.known_vae.encode_tiling(self.vae)
 
     def prepare(self, request: Request) -> Sample:
         import torch
@@ -66,13 +89,14 @@ class AnyDiffusers(Model):
         from .stepwise import StepwiseCall
 
         pixels, multiple = request.width * request.height, self.options.size_multiple
+        frames = (request.num_frames - 1) // self.frames_per_latent + 1
         sample = CallSample(
             request=request,
             latents=torch.empty(1, 0, device=self.device),
             scheduler=self.new_scheduler(),
             branches=[{}],  # as the engine sees it: branches are spread within the call
             text_tokens=self._text_tokens(request),
-            image_tokens=pixels // multiple**2,
+            image_tokens=pixels // multiple**2 * frames,
         )
         sample.call = StepwiseCall(lambda pause: self._call(sample, pause), self.device)
         if not sample.call.resume():
@@ -81,16 +105,20 @@ class AnyDiffusers(Model):
 
     def _call(self, sample: CallSample, pause: Callable[[], None]) -> Any:
         """Runs on the call's thread."""
+        from diffusers.guiders.guider_utils import BaseGuidance
+
         from .stepwise import Steps
 
         pipe, branches = copy(self.pipe), self._branches(sample.request)
         steps = Steps(sample, pause, branches, self.parameters)
         vars(pipe).update(
+            **{name: deepcopy(part) for name, part in pipe.components.items() if isinstance(part, BaseGuidance)},
             scheduler=sample.scheduler,
             transformer=_Transformer(self.pipe.transformer, branches) if branches else self.pipe.transformer,
             progress_bar=steps.of,
         )
-        return pipe(**self._arguments(sample.request), **steps.hooks(), return_dict=False)[0]
+        given = arguments(sample.request, self.options, self.parameters)
+        return pipe(**given, **steps.hooks(), return_dict=False)[0]
 
     def _branches(self, request: Request) -> BranchCalls | None:
         from darkroom.parallel.guidance import BranchCalls
@@ -99,41 +127,10 @@ class AnyDiffusers(Model):
             return None
         return BranchCalls(self.pipe.transformer, self.mesh.cfg, self.forms)
 
-    def _arguments(self, request: Request) -> dict[str, Any]:
-        """What the pipeline's call is given, of what it takes."""
-        values = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "height": request.height,
-            "width": request.width,
-            "max_area": request.width * request.height,  # some scale the size that is asked for to this many pixels
-            "num_inference_steps": request.num_inference_steps,
-            **self._guidance(request),
-            "max_sequence_length": request.max_sequence_length,
-            "generator": noise_generator(request),
-            "output_type": "pt",
-            **self._pictures(request),
-        }
-        return {name: value for name, value in values.items() if name in self.parameters}
-
-    def _guidance(self, request: Request) -> dict[str, float]:
-        values: dict[str, float] = {self.options.guidance_parameter: request.guidance_scale}
-        if request.embedded_guidance is not None:
-            values["guidance_scale"] = request.embedded_guidance
-        return values
-
-    def _pictures(self, request: Request) -> dict[str, Any]:
-        from darkroom.configs.pictures import load_mask, load_picture
-
-        if not request.images:
-            return {}
-        pictures = [load_picture(image).convert("RGB") for image in request.images]
-        values = {"image": pictures if len(pictures) > 1 else pictures[0], "strength": request.strength}
-        return values if request.mask is None else {**values, "mask_image": load_mask(request.mask)}
-
     def _text_tokens(self, request: Request) -> int:
         parts = (part for name, part in self.pipe.components.items() if name.startswith("tokenizer") and part)
-        lengths = [len(tokenizer(request.prompt).input_ids) for tokenizer in parts]
+        tokenizers = (getattr(part, "tokenizer", part) for part in parts)
+        lengths = [len(tokenizer(request.prompt).input_ids) for tokenizer in tokenizers]
         return min(max(lengths, default=0), request.max_sequence_length)
 
     def predict(self, samples: Sequence[Sample], branch: int) -> torch.Tensor:
@@ -152,11 +149,14 @@ class AnyDiffusers(Model):
         sample.step += 1  # the call has taken the scheduler's step
 
     def decode(self, samples: Sequence[Sample], latents: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """The rest of the calls, in which the stock pipelines decode. Pictures lie in [0, 1]."""
+        """The rest of the calls, in which the stock pipelines decode. Pictures lie in [0, 1].
+
+        -> pictures [B, 3, H, W], or videos [B, 3, F, H, W]
+        """
         import torch
 
-        pictures = [self._finish(sample) for sample in samples]
-        return None if self.mesh.rank > 0 else torch.cat([x for x in pictures if x is not None])
+        made = [self._finish(sample) for sample in samples]
+        return None if self.mesh.rank > 0 else torch.cat([x for x in made if x is not None])
 
     def _finish(self, sample: Sample) -> torch.Tensor | None:
         assert isinstance(sample, CallSample) and sample.call
@@ -164,12 +164,22 @@ class AnyDiffusers(Model):
             raise RuntimeError("a stock pipeline decodes only at the end of its call: there are no previews")
         while sample.call.resume():
             pass
-        result: torch.Tensor | None = sample.call.result
-        return result
+        made: torch.Tensor | None = sample.call.result
+        if made is None or not self.options.fps:
+            return made
+        if made.shape[1] != sample.request.num_frames:
+            raise RuntimeError(
+                f"the pipeline made {made.shape[1]} frames where {sample.request.num_frames} were asked for"
+            )
+        if not made.isfinite().all():  # as some do of a video that is too short for them
+            raise RuntimeError("the pipeline made frames that are no numbers")
+        return made.transpose(1, 2)  # it puts frames first
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
-        processor = self.pipe.image_processor
-        pictures: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(decoded))
+        from diffusers.image_processor import VaeImageProcessor
+
+        made = decoded[0].transpose(0, 1) if self.options.fps else decoded
+        pictures: list[Image.Image] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(made))
         return pictures
 
     def drop(self, sample: Sample) -> None:

@@ -68,7 +68,7 @@ def decode_latents(
     mean, std = statistics(model.vae, z)
     z = z / (1.0 / std) + mean  # in bfloat16 every other order rounds to another picture than stock's
     return model.spread_decode(
-        z, lambda x: model.vae.decode(x, return_dict=False)[0], lambda x: _decode_tile(model.vae, x, first), finish
+        z, lambda x: model.vae.decode(x, return_dict=False)[0], lambda x: decode_tile(model.vae, x, first), finish
     )
 
 
@@ -112,7 +112,7 @@ def _patch(vae: Any) -> int:
     return vae.config.get("patch_size") or 1
 
 
-def _decode_tile(vae: Any, z: torch.Tensor, first: Mapping[str, Any]) -> torch.Tensor:
+def decode_tile(vae: Any, z: torch.Tensor, first: Mapping[str, Any]) -> torch.Tensor:
     """One tile, frame by frame as the stock tiled decode does it, not clamped: [B, C, f, h, w] -> [B, 3, F, H, W]"""
     import torch
 

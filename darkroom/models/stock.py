@@ -29,7 +29,7 @@ class Source:
     def code(self, name: str) -> str:
         """A method's source; "" where the class has none of its own."""
         method = self.method(name)
-        return "\n".join(self.text.splitlines()[method.lineno - 1 : method.end_lineno]) if method else ""
+        return "\n".join(self.text.split("\n")[method.lineno - 1 : method.end_lineno]) if method else ""
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The names of a method's parameters with their defaults; None too where there is none."""
@@ -45,7 +45,8 @@ class Source:
         """Whether None is among the types that a method takes for it."""
         found = self.method(method)
         args = [] if found is None else [*found.args.args, *found.args.kwonlyargs]
-        return any(x.arg == parameter and x.annotation and "None" in ast.unparse(x.annotation) for x in args)
+        types = (ast.unparse(x.annotation) for x in args if x.arg == parameter and x.annotation)
+        return any("None" in x or x.startswith("Optional[") for x in types)
 
     def constant(self, name: str) -> Any:
         """What `__init__` assigns to `self.<name>`, where that is a literal."""

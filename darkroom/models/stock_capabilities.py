@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.request import Task
 
+from . import stock_video
 from .base import Component
 from .stock import Source, find_class
 
@@ -28,7 +30,7 @@ def capabilities(
     guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
     least, steps, most = _steps(pipeline)
     window = _window(pipeline)
-    unit, default_size = _sizes(pipeline, configs)
+    is_video = stock_video.makes_videos(pipeline)
     branches = 2 if _is_guided(pipeline, index) else 1
     spreads = {
         "cfg": branches > 1,
@@ -39,14 +41,10 @@ def capabilities(
     }
     return Capabilities(
         family=name,
-        tasks=_tasks(pipeline),
+        tasks=stock_video.tasks(pipeline) if is_video else _tasks(pipeline),
         max_images=int("image" in call),
         **_picture_limits(pipeline),
-        size_multiple=unit,
-        min_edge=unit,
-        max_edge=_max_edge(configs["transformer"], unit),
-        max_pixels=4 * math.prod(default_size),
-        default_size=default_size,
+        **(stock_video.sizes(name, pipeline, configs) if is_video else _sizes(pipeline, configs)),
         num_inference_steps=steps,
         min_inference_steps=least,
         max_inference_steps=most,
@@ -57,7 +55,7 @@ def capabilities(
         guidance_scale=call.get(guidance) or 1.0,
         max_guidance=100.0 if guidance in call else 1.0,
         embedded_guidance=call.get("guidance_scale") if guidance == "true_cfg_scale" else None,
-        negative_prompt=call.get("negative_prompt") or "",
+        negative_prompt=call.get("negative_prompt") or _negative_prompt(pipeline),
         takes_negative_prompt="negative_prompt" in call,
         max_sequence_length=call.get("max_sequence_length") or window,
         text_window=window,
@@ -93,8 +91,14 @@ def _window(pipeline: Source) -> int:
     return int(bound[1]) if bound else pipeline.parameters("__call__").get("max_sequence_length") or 512
 
 
-def _sizes(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, tuple[int, int]]:
-    """What edges are multiples of; and the default (width, height)."""
+def _negative_prompt(pipeline: Source) -> str:
+    """What the call takes where it is given none."""
+    said = re.search(r"if negative_prompt is None:\s+negative_prompt = (\".*\")\n", pipeline.code("__call__"))
+    return ast.literal_eval(said[1]) if said else ""
+
+
+def _sizes(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of pictures: what edges are multiples of and are limited by, and the default (width, height)."""
     transformer, vae, call = configs["transformer"], configs["vae"], pipeline.parameters("__call__")
     stages = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0] * 4
     scale = 2 ** (len(stages) - 1)
@@ -102,7 +106,14 @@ def _sizes(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> tuple[
     patch = max(patch[-1] if isinstance(patch, list) else patch, 2 if "// 2" in _packing(pipeline) else 1)
     checked = re.findall(r"(?:height|width) % (\d+)", pipeline.code("check_inputs"))
     edge = (pipeline.constant("default_sample_size") or transformer.get("sample_size") or 128) * scale
-    return math.lcm(scale * patch, *map(int, checked)), (call["width"] or edge, call["height"] or edge)
+    unit, default_size = math.lcm(scale * patch, *map(int, checked)), (call["width"] or edge, call["height"] or edge)
+    return {
+        "size_multiple": unit,
+        "min_edge": unit,
+        "max_edge": _max_edge(transformer, unit),
+        "max_pixels": 4 * math.prod(default_size),
+        "default_size": default_size,
+    }
 
 
 def _picture_limits(pipeline: Source) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from darkroom.configs.errors import ConfigError
 from darkroom.parallel.plan import Plan
 
-from . import autoencoder_kl
+from . import stock_video
 from .any_diffusers import AnyDiffusers
 from .base import Component, Model
 from .json_file import read_json
@@ -18,11 +18,15 @@ from .stock import Source, find_class
 from .stock_capabilities import capabilities
 from .stock_encoders import cut_encoder
 from .stock_plans import sequence_plan, tensor_plan
+from .stock_vaes import SPREADABLE
 
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
-_VIDEO = {"num_frames", "frames", "video_length", "video"}
-_CONTROLS = {"control_image", "control_guidance_start", "controlnet_conditioning_scale"}
-_PICTURE = re.compile(r"image|mask|font")
+_CONTROLS = {
+    *("control_image", "control_guidance_start", "controlnet_conditioning_scale"),
+    *("control_video", "pose_video", "id_cond"),
+}
+_PICTURE = re.compile(r"image|mask|font|video")
+_PROCESSOR = "Qwen2VLProcessor"
 _TEXT_MASK = re.compile(r"(attention|embeds)_mask")
 _PICTURES = {
     "image",
@@ -31,9 +35,10 @@ _PICTURES = {
     *("ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds"),
     *("input_images", "max_input_image_size", "use_input_image_size_as_output"),
     *("prior_token_image_ids", "source_image_grid_thw"),
+    *("num_videos_per_prompt", "video_length", "video", "video_latents"),
+    *("image_embeds", "last_image", "image_cond_noise_scale", "mask_feature"),
 }
-"""Parameters of pictures: the two that are filled, and those that a call does without."""
-_VAE_PLANS = {"AutoencoderKL": autoencoder_kl.VAE.plan, "AutoencoderKLFlux2": autoencoder_kl.VAE.plan}
+"""Parameters of pictures and videos: those that are filled, and those that a call does without."""
 
 
 def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
@@ -41,7 +46,7 @@ def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
     pipeline = find_class(name, "pipelines")
     if pipeline is None:
         raise ConfigError("it is no pipeline of diffusers")
-    if trouble := _refusal(pipeline):
+    if trouble := why_not(pipeline):
         raise ConfigError(trouble)
     configs = {part: _config(folder / part) for part in ("transformer", "vae")}
     components = _components(pipeline, index, folder)
@@ -50,23 +55,24 @@ def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
         "components": components,
         "capabilities": capabilities(name, pipeline, index, configs, components),
         "parameters": frozenset(pipeline.parameters("__call__")),
+        "processor_parts": tuple(part for part, x in index.items() if part.startswith("tokenizer") and _PROCESSOR in x),
+        "frames_per_latent": stock_video.frames_per_latent(pipeline, configs),
     }
     return type(name.removesuffix("Pipeline"), (AnyDiffusers,), attributes)
 
 
-def _refusal(pipeline: Source) -> str | None:
+def why_not(pipeline: Source) -> str | None:
+    """What keeps a pipeline from running by its own call, as far as its source tells."""
     parts, call = pipeline.parameters("__init__"), pipeline.parameters("__call__")
     code = pipeline.code("__call__")
     if missing := [part for part in ("transformer", "vae", "scheduler") if part not in parts]:
         return f"it has no {' and no '.join(missing)}"
     if missing := [parameter for parameter in _NEEDED if parameter not in call]:
         return f"its call takes no {' and no '.join(missing)}"
-    if _VIDEO & set(call) or ".frames" in code or "(frames=" in code:
-        return "it makes videos"
-    if not re.search(r"return \w+\(\s*images?=", code):
-        return "it does not return pictures"
     if missing := sorted(_CONTROLS & set(call)):
         return f"it draws by a '{missing[0]}', which no request brings"
+    if trouble := (stock_video.refusal if stock_video.makes_videos(pipeline) else _other_than_pictures)(pipeline):
+        return trouble
     strange = [name for name in call if _PICTURE.search(name) and not _TEXT_MASK.search(name)]
     if missing := sorted(set(strange) - _PICTURES):
         return f"its call takes '{missing[0]}', and it is not known what it does without"
@@ -75,6 +81,11 @@ def _refusal(pipeline: Source) -> str | None:
     if "self.progress_bar(total=" not in code:
         return "its loop keeps no progress bar, which is how steps are told apart"
     return None
+
+
+def _other_than_pictures(pipeline: Source) -> str | None:
+    returns = re.search(r"return \w+\(\s*images?=", pipeline.code("__call__"))
+    return None if returns else "it does not return pictures"
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -92,7 +103,7 @@ def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dic
         if cut := cut_encoder(part, name, pipeline, _config(folder / part)):
             components[part] = cut
             continue
-        plan = _plan(part, name, folder)
+        plan = _plan(pipeline, part, name, folder)
         components[part] = Component(
             module="diffusers.models" if library == "diffusers" else library,
             name=name,
@@ -102,9 +113,10 @@ def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dic
     return components
 
 
-def _plan(part: str, name: str, folder: Path) -> Plan:
+def _plan(pipeline: Source, part: str, name: str, folder: Path) -> Plan:
     if part == "vae":
-        return _VAE_PLANS.get(name, Plan())
+        takes_turns = "decode_chunk_size" in pipeline.parameters("__call__")  # ranks leave the call after one decode
+        return SPREADABLE[name].plan if name in SPREADABLE and not takes_turns else Plan()
     source = find_class(name, "models/transformers") if part == "transformer" else None
     if source is None:
         return Plan()

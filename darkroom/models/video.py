@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from darkroom.configs.pictures import load_picture
 from darkroom.configs.request import Request
@@ -73,16 +73,18 @@ class VideoModel(AutoencoderCausalModel):
         """-> videos [B, 3, F, H, W]"""
         import torch
 
-        return decode_latents(self, torch.cat(list(latents)), self._finish, first_chunk=True)
-
-    def _finish(self, tiles: torch.Tensor) -> torch.Tensor:
-        """What the decoder returns -> pixels in [-1, 1]"""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-        pixels: torch.Tensor = unpatchify(tiles, self.vae.config.patch_size or 1)
-        return pixels.clamp(-1.0, 1.0)
+        z = torch.cat(list(latents))
+        return decode_latents(self, z, lambda tiles: finish(self.vae, tiles), first_chunk=True)
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
         """The frames of one video [1, 3, F, H, W]."""
         [frames] = self.pipe.video_processor.postprocess_video(decoded, output_type="pil")
         return list(frames)
+
+
+def finish(vae: Any, tiles: torch.Tensor) -> torch.Tensor:
+    """What the decoder returns -> pixels in [-1, 1]"""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    pixels: torch.Tensor = unpatchify(tiles, vae.config.patch_size or 1)
+    return pixels.clamp(-1.0, 1.0)

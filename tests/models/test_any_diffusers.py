@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import av
 import diffusers
 import numpy as np
 import pytest
@@ -26,11 +28,11 @@ from darkroom.offline import Darkroom
 from darkroom.parallel import guidance
 from darkroom.server.fields import GenerationRequest
 from darkroom.server.uploads import Pictures
-from tests import tiny
+from tests import tiny, tiny_video
 from tests.golden import TOLERANCE, difference, generate, picture_file, request, stock_pipeline, worker
 from tests.matrix import TEXT_TO_IMAGE, Cell, refusal, run_cells
 from tests.ranks import RankError, run_ranks
-from tests.subjects import MASK, WIDE, opened, run_other
+from tests.subjects import MASK, WIDE, opened, run_other, short
 
 STOCK = {
     "flux": FluxPipeline,
@@ -120,6 +122,114 @@ def test_a_picture_is_edited_on_ranks(folders: dict[str, Path]) -> None:
 def one_request(rank: int, size: int, folder: Path, cell: Cell, wanted: Request) -> Any:
     with worker(folder, ParallelConfig.model_validate(cell), rank) as one:
         return generate(one, [wanted])
+
+
+# ---- videos ----------------------------------------------------------------------------------------------------------
+
+
+Build = Callable[[Path], Path]
+FROM_PICTURE = {"images": (WIDE,)}
+VIDEOS: dict[str, tuple[Build, dict[str, Any]]] = {
+    "cogvideox": (tiny_video.cogvideox, {}),
+    "cogvideox, picture": (lambda folder: tiny_video.cogvideox(folder, begins=True), FROM_PICTURE),
+    "hunyuan": (tiny_video.hunyuan_video, {"num_frames": 5, "embedded_guidance": 6.0}),
+    "kandinsky": (tiny_video.kandinsky5, {"num_frames": 5}),
+    "kandinsky, picture": (
+        lambda folder: tiny_video.kandinsky5(folder, begins=True),
+        {"num_frames": 21, **FROM_PICTURE},  # of less than 6 frames of latents it makes no numbers
+    ),
+    "latte": (tiny_video.latte, {"num_frames": 4}),
+    "ltx, picture": (tiny_video.ltx_image_to_video, FROM_PICTURE),
+    "ltx condition": (tiny_video.ltx_condition, {}),
+    "ltx condition, picture": (tiny_video.ltx_condition, FROM_PICTURE),
+    "mochi": (tiny_video.mochi, {"num_frames": 7}),
+    "motif": (tiny_video.motif_video, {"num_frames": 5, "guidance_scale": 1.0}),
+    "sana, picture": (lambda folder: tiny_video.sana_video(folder, begins=True), {"num_frames": 5, **FROM_PICTURE}),
+}
+
+
+def of_video(given: dict[str, Any]) -> Request:
+    task = "image-to-video" if "images" in given else "text-to-video"
+    return short(negative_prompt="red", max_sequence_length=16, task=task, **given)
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_are_the_stock_pipelines(name: str, tmp_path: Path) -> None:
+    """Frame by frame, to the bit."""
+    build, given = VIDEOS[name]
+    folder, wanted = build(tmp_path / "model"), of_video(given)
+    with worker(folder, ParallelConfig()) as one:
+        made = generate(one, [wanted])["0"][1]
+        assert made is not None and made.shape == (1, 3, wanted.num_frames, 64, 64)
+        assert len(one.model.pictures(made)) == wanted.num_frames
+        cls = getattr(diffusers, one.model.pipelines[0])
+        processors = one.model.processors(folder)
+    theirs = run_other(stock_pipeline(cls, folder, **processors), wanted, "pt")
+    assert torch.equal(made.transpose(1, 2), theirs)
+
+
+@pytest.mark.matrix
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_guidance_of_videos_is_spread(tmp_path: Path) -> None:
+    """Of all that have two branches, in one group of ranks."""
+    spread = {name: parts for name, parts in VIDEOS.items() if name != "motif"}
+    folders = {name: build((tmp_path / name) / "model") for name, (build, _) in spread.items()}
+    requests = {name: of_video(given) for name, (_, given) in spread.items()}
+    outputs = run_ranks(with_two_branches, 2, folders, requests)
+    for name, folder in folders.items():
+        with worker(folder, ParallelConfig()) as one:
+            alone = generate(one, [requests[name]])
+        assert difference(outputs[0][name], alone) <= TOLERANCE, name
+        assert outputs[1][name]["0"][1] is None
+
+
+def with_two_branches(rank: int, size: int, folders: dict[str, Path], requests: dict[str, Request]) -> Any:
+    return {name: one_request(rank, size, folder, {"cfg": 2}, requests[name]) for name, folder in folders.items()}
+
+
+def test_what_guides_by_past_predictions_is_each_requests_own(tmp_path: Path) -> None:
+    given = {"num_frames": 1, "guidance_scale": 1.0, "num_inference_steps": 3}
+    requests = [short("a cat", **given), short("a dog", seed=1, **given)]
+    with worker(tiny_video.motif_video(tmp_path / "motif"), ParallelConfig()) as one:
+        together = generate(one, requests)
+        alone = {str(i): generate(one, [each])["0"] for i, each in enumerate(requests)}
+    assert difference(together, alone) == 0
+
+
+def test_tokens_of_a_video_are_those_of_its_latent_frames(tmp_path: Path) -> None:
+    with worker(tiny_video.ltx(tmp_path / "ltx"), ParallelConfig()) as one:
+        [prepared] = one.execute(Prepare(ids=("a",), requests=(short(num_frames=17),)))
+        one.execute(Drop(ids=("a",)))
+    assert prepared.image_tokens == 3 * 2 * 2
+
+
+def test_a_video_of_another_length_is_no_answer(tmp_path: Path) -> None:
+    """Whatever was derived: of an even number of latents, this VAE makes more frames than are asked for."""
+    with (
+        worker(tiny_video.cogvideox(tmp_path / "cog"), ParallelConfig()) as one,
+        pytest.raises(RuntimeError, match="made 8 frames where 5 were asked for"),
+    ):
+        generate(one, [short(num_frames=5, max_sequence_length=16)])
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_a_video_of_no_numbers_is_no_answer(tmp_path: Path) -> None:
+    """This pipeline fits its first four frames of latents to those behind them, and here there are none."""
+    with (
+        worker(tiny_video.kandinsky5(tmp_path / "kandinsky", begins=True), ParallelConfig()) as one,
+        pytest.raises(RuntimeError, match="frames that are no numbers"),
+    ):
+        generate(one, [of_video({"num_frames": 9, **FROM_PICTURE})])
+
+
+def test_the_whole_engine_makes_a_video(tmp_path: Path) -> None:
+    params = SamplingParams(width=64, height=64, num_frames=17, fps=12, num_inference_steps=2, seed=3)
+    with Darkroom(str(tiny_video.ltx(tmp_path / "ltx")), device="cpu", dtype="float32") as darkroom:
+        file = darkroom.generate_video("a cat", params)
+    with av.open(io.BytesIO(file)) as played:
+        assert played.streams.video[0].average_rate == 12
+        assert [(frame.width, frame.height) for frame in played.decode(video=0)] == [(64, 64)] * 17
 
 
 def calls_in_flight() -> list[threading.Thread]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from darkroom.configs import ParallelConfig
+from darkroom.models import video
 from darkroom.models.autoencoder_causal import decode_latents, encode_tiling, statistics, tiling
 from tests.golden import worker
 
@@ -21,8 +23,10 @@ def test_a_decode_is_the_stock_tiled_one(
     latents = torch.randn(1, 16, frames, *size, generator=torch.Generator().manual_seed(0))
     with worker(checkpoints[name], ParallelConfig(vae_use_tiling=True)) as one:
         model, vae = one.model, one.model.vae
-        first = {} if name.startswith("qwen") else {"first_chunk": True}
-        decoded = decode_latents(model, latents, getattr(model, "_finish", None), **first)
+        if name.startswith("qwen"):
+            decoded = decode_latents(model, latents)
+        else:
+            decoded = decode_latents(model, latents, partial(video.finish, vae), first_chunk=True)
         mean, std = statistics(vae, latents)
         vae.enable_tiling()
         wanted = vae.decode(latents / (1.0 / std) + mean).sample
@@ -58,11 +62,11 @@ def test_tiles_are_of_the_sizes_of_the_vae(
 )
 def test_an_encode_is_the_stock_tiled_one(size: tuple[int, int], name: str, checkpoints: dict[str, Path]) -> None:
     frames = 1 if name.startswith("qwen") else 5
-    video = torch.rand(1, 3, frames, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = torch.rand(1, 3, frames, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with worker(checkpoints[name], ParallelConfig(vae_use_tiling=True)) as one:
-        encoded = one.model.encoder.encode(video).latent_dist.mode()
+        encoded = one.model.encoder.encode(pixels).latent_dist.mode()
         one.model.vae.enable_tiling()
-        wanted = one.model.vae.encode(video).latent_dist.mode()
+        wanted = one.model.vae.encode(pixels).latent_dist.mode()
     assert torch.equal(encoded, wanted)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from darkroom.configs import ParallelConfig
+from darkroom.models.spread_vae import SpreadVae
 from darkroom.models.stepwise import EndOfCall
 from tests import tiny
 from tests.golden import worker
@@ -21,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_rank_sees_the_vae(folder: Path) -> None:
     with worker(folder, ParallelConfig()) as one:
         spread, vae = one.model.pipe.vae, one.model.vae
+        assert isinstance(spread, type(vae)) and isinstance(spread, SpreadVae)
         assert spread.bn is vae.bn and spread.config is vae.config and spread.dtype == vae.dtype
         z, picture = torch.randn(1, 32, 6, 8), torch.randn(1, 3, 48, 64)
         assert torch.equal(spread.decode(z).sample, vae.decode(z).sample)

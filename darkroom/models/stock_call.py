@@ -1,0 +1,49 @@
+"""What a stock pipeline's call is given for a request, by the names that it has for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from darkroom.configs.capabilities import Capabilities
+from darkroom.configs.pictures import load_mask, load_picture
+from darkroom.configs.request import Request
+
+from .base import noise_generator
+
+
+def arguments(request: Request, capabilities: Capabilities, parameters: Collection[str]) -> dict[str, Any]:
+    """`parameters`: those that the call takes."""
+    values = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "max_area": request.width * request.height,  # some scale the size that is asked for to this many pixels
+        **dict.fromkeys(("num_frames", "frames", "video_length"), request.num_frames),
+        **dict.fromkeys(("frame_rate", "fps"), request.fps),
+        "num_inference_steps": request.num_inference_steps,
+        **_guidance(request, capabilities),
+        "max_sequence_length": request.max_sequence_length,
+        "generator": noise_generator(request),
+        "output_type": "pt",
+        **_pictures(request),
+    }
+    if capabilities.fps:
+        values["use_resolution_binning"] = False  # Sana-Video's own sizes of other shapes than 16:9 fail its checks
+    return {name: value for name, value in values.items() if name in parameters}
+
+
+def _guidance(request: Request, capabilities: Capabilities) -> dict[str, float]:
+    values: dict[str, float] = {capabilities.guidance_parameter: request.guidance_scale}
+    if request.embedded_guidance is not None:
+        values["guidance_scale"] = request.embedded_guidance
+    return values
+
+
+def _pictures(request: Request) -> dict[str, Any]:
+    if not request.images:
+        return {}
+    pictures = [load_picture(image).convert("RGB") for image in request.images]
+    values = {"image": pictures if len(pictures) > 1 else pictures[0], "strength": request.strength}
+    return values if request.mask is None else {**values, "mask_image": load_mask(request.mask)}
