@@ -11,7 +11,7 @@ from typing import Any
 from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Task
 
-from .stock import Source, find_class
+from .stock import Source, classes, find_class
 from .stock_numbers import Instance, Unknown
 
 _LENGTHS = ("num_frames", "frames", "video_length")
@@ -92,21 +92,24 @@ def sizes(name: str, source: Source, configs: Mapping[str, Mapping[str, Any]]) -
     """The capabilities that say how large, long and fast its videos are. Raises ConfigError for what is not known."""
     pipeline = _instance(source, configs)
     try:
-        unit = _unit(pipeline)
+        token, unit = _token(pipeline), _unit(pipeline)
         width, height = pipeline.default("width"), pipeline.default("height")
         multiple = _frame_multiple(pipeline)
         frames = _default_frames(pipeline)
     except Unknown as e:
         raise ConfigError(f"how many pixels and frames it makes is not known: the configs have no {e}") from None
+    places = _places(pipeline.parts["transformer"])
+    longest = max(frames, (_MOST_FRAMES - 1) // multiple * multiple + 1) if _any_length(pipeline) else frames
     return {
         "size_multiple": unit,
         "min_edge": unit,
+        "max_edge": min(places[1:]) * token // unit * unit if places else None,
         "max_pixels": 4 * width * height,
         "default_size": (width, height),
         "image_area": width * height,
         "num_frames": (frames - 1) // multiple * multiple + 1,
         "frame_multiple": multiple,
-        "max_frames": max(frames, (_MOST_FRAMES - 1) // multiple * multiple + 1) if _any_length(pipeline) else frames,
+        "max_frames": min(longest, (places[0] - 1) * multiple + 1) if places else longest,
         "fps": _frame_rate(name, pipeline.source),
     }
 
@@ -128,13 +131,26 @@ def _instance(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> Ins
     return Instance(pipeline, parts=parts)
 
 
-def _unit(pipeline: Instance) -> int:
-    """What edges are multiples of: a token's, and what the inputs are checked for."""
+def _token(pipeline: Instance) -> int:
+    """Pixels along an edge of a token."""
     found = _LATENT_ROWS.search(pipeline.source.text)
     if found is None:
         raise Unknown("scale of its VAE")
+    return int(pipeline.attribute(found[1])) * _patch(pipeline, -1)
+
+
+def _unit(pipeline: Instance) -> int:
+    """What edges are multiples of: a token's, and what the inputs are checked for."""
     checked = map(int, re.findall(r"(?:height|width) % (\d+)", pipeline.source.code("check_inputs")))
-    return math.lcm(int(pipeline.attribute(found[1])) * _patch(pipeline, -1), *checked)
+    return math.lcm(_token(pipeline), *checked)
+
+
+def _places(transformer: Instance) -> tuple[int, ...] | None:
+    """How many frames, rows and columns of tokens its table of positions has; None where it has no table."""
+    if length := transformer.settings().get("rope_max_seq_len"):
+        return (length,) * 3
+    tables = (source.parameters("__init__").get("max_pos") for source in classes(transformer.source.text))
+    return next((table for table in tables if isinstance(table, tuple)), None)
 
 
 def _patch(pipeline: Instance, axis: int) -> int:
