@@ -32,6 +32,8 @@ class Capabilities(BaseModel):
     max_pixels: int
     default_size: tuple[int, int]
     """(width, height) of `size: "auto"`."""
+    one_size: bool = False
+    """Whether that is the only one."""
     num_inference_steps: int
     """The model card's number of denoising steps."""
     min_inference_steps: int = 1
@@ -80,6 +82,7 @@ class Capabilities(BaseModel):
     """Frames of a video whose length is not asked for."""
     frame_multiple: int = 1
     """A video has one frame and a multiple of this more."""
+    min_frames: int = 1
     max_frames: int = 1
     fps: int = 0
     """Frames per second by default; 0 for models that make no videos."""
@@ -168,7 +171,7 @@ class Capabilities(BaseModel):
     def _size(self, task: Task, params: SamplingParams, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """(width, height), of which what the request does not say comes from its first picture or is the default."""
         width, height = self.default_size
-        if sizes and (params.width is None or params.height is None):
+        if sizes and not self.one_size and (params.width is None or params.height is None):
             width, height = self.scaled(sizes[0], task)
         return width if params.width is None else params.width, height if params.height is None else params.height
 
@@ -217,7 +220,7 @@ class Capabilities(BaseModel):
             return self.num_frames
         if not self.fps and frames != 1:
             raise RequestError(f"{self.family} makes pictures, not videos.", param="num_frames")
-        frames = _between(frames, 1, self.max_frames, "num_frames")
+        frames = _between(frames, self.min_frames, self.max_frames, "num_frames")
         if (frames - 1) % self.frame_multiple:
             below = (frames - 1) // self.frame_multiple * self.frame_multiple + 1
             raise RequestError(
@@ -259,6 +262,9 @@ class Capabilities(BaseModel):
 
     def _check_size(self, width: int, height: int) -> None:
         size, unit = f"{width}x{height}", self.size_multiple
+        if self.one_size and (width, height) != self.default_size:
+            only = "x".join(map(str, self.default_size))
+            raise RequestError(f"Invalid size {size}: {self.family} makes {only} and no other.", param="size")
         if width % unit or height % unit:
             nearest = "x".join(
                 str(max(math.ceil(self.min_edge / unit), round(edge / unit)) * unit) for edge in (width, height)

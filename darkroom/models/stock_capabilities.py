@@ -11,7 +11,7 @@ from typing import Any
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.request import Task
 
-from . import stock_video
+from . import stock_sizes, stock_video
 from .base import Component
 from .stock import Source, find_class
 
@@ -28,8 +28,8 @@ def capabilities(
 ) -> Capabilities:
     call = pipeline.parameters("__call__")
     guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
-    least, steps, most = _steps(pipeline)
-    window = _window(pipeline)
+    least, steps, most = _steps(pipeline, configs.get("scheduler", {}))
+    window = _window(pipeline, configs["transformer"])
     is_video = stock_video.makes_videos(pipeline)
     branches = 2 if _is_guided(pipeline, index) else 1
     spreads = {
@@ -44,7 +44,7 @@ def capabilities(
         tasks=stock_video.tasks(pipeline) if is_video else _tasks(pipeline),
         max_images=int("image" in call),
         **_picture_limits(pipeline),
-        **(stock_video.sizes(name, pipeline, configs) if is_video else _sizes(pipeline, configs)),
+        **(stock_sizes.sizes(name, pipeline, configs) if is_video else _sizes(pipeline, configs)),
         num_inference_steps=steps,
         min_inference_steps=least,
         max_inference_steps=most,
@@ -57,7 +57,7 @@ def capabilities(
         embedded_guidance=call.get("guidance_scale") if guidance == "true_cfg_scale" else None,
         negative_prompt=call.get("negative_prompt") or _negative_prompt(pipeline),
         takes_negative_prompt="negative_prompt" in call,
-        max_sequence_length=call.get("max_sequence_length") or window,
+        max_sequence_length=None if _is_padded(configs["transformer"]) else call.get("max_sequence_length") or window,
         text_window=window,
         guidance_branches=branches,
         previews=False,
@@ -76,19 +76,28 @@ def _tasks(pipeline: Source) -> tuple[Task, ...]:
     return ("text-to-image", "edit") if pipeline.is_optional("__call__", "image") else ("edit",)
 
 
-def _steps(pipeline: Source) -> tuple[int, int, int]:
+def _steps(pipeline: Source, scheduler: Mapping[str, Any]) -> tuple[int, int, int]:
     """The fewest, those by default and the most. Where inputs are checked for one number it is all three: Sana-Sprint's
-    two."""
+    two. Schedules that are stretched to an end, or linear at first, have no single step."""
     if fixed := re.search(r"num_inference_steps != (\d+)", pipeline.code("check_inputs")):
         return (int(fixed[1]),) * 3
     steps = pipeline.parameters("__call__")["num_inference_steps"] or 50
-    return 1, steps, max(200, steps)
+    two_at_least = scheduler.get("shift_terminal") or "linear_quadratic_schedule(" in pipeline.text
+    return 2 if two_at_least else 1, steps, max(200, steps)
 
 
-def _window(pipeline: Source) -> int:
-    """The most tokens of text: the bound that the inputs are checked against, or else the default."""
+def _window(pipeline: Source, transformer: Mapping[str, Any]) -> int:
+    """The most tokens of text: for so many the transformer has places, or inputs are checked, or are the default."""
+    if places := transformer.get("max_text_seq_length"):
+        return int(places)
     bound = re.search(r"max_sequence_length > (\d+)", pipeline.code("check_inputs"))
     return int(bound[1]) if bound else pipeline.parameters("__call__").get("max_sequence_length") or 512
+
+
+def _is_padded(transformer: Mapping[str, Any]) -> bool:
+    """Whether texts always fill the window: CogVideoX, where it adds a table of positions to texts and pictures."""
+    adds = not transformer.get("use_rotary_positional_embeddings") or stock_sizes.has_own_places(transformer)
+    return "max_text_seq_length" in transformer and adds
 
 
 def _negative_prompt(pipeline: Source) -> str:

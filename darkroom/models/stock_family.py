@@ -10,7 +10,7 @@ from typing import Any
 from darkroom.configs.errors import ConfigError
 from darkroom.parallel.plan import Plan
 
-from . import stock_video
+from . import stock_sizes, stock_video
 from .any_diffusers import AnyDiffusers
 from .base import Component, Model
 from .json_file import read_json
@@ -49,6 +49,7 @@ def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
     if trouble := why_not(pipeline):
         raise ConfigError(trouble)
     configs = {part: _config(folder / part) for part in ("transformer", "vae")}
+    configs["scheduler"] = _config(folder / "scheduler", "scheduler_config.json")
     components = _components(pipeline, index, folder)
     attributes = {
         "pipelines": (name,),
@@ -56,7 +57,7 @@ def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
         "capabilities": capabilities(name, pipeline, index, configs, components),
         "parameters": frozenset(pipeline.parameters("__call__")),
         "processor_parts": tuple(part for part, x in index.items() if part.startswith("tokenizer") and _PROCESSOR in x),
-        "frames_per_latent": stock_video.frames_per_latent(pipeline, configs),
+        "frames_per_latent": stock_sizes.frames_per_latent(pipeline, configs),
     }
     return type(name.removesuffix("Pipeline"), (AnyDiffusers,), attributes)
 
@@ -69,6 +70,8 @@ def why_not(pipeline: Source) -> str | None:
         return f"it has no {' and no '.join(missing)}"
     if missing := [parameter for parameter in _NEEDED if parameter not in call]:
         return f"its call takes no {' and no '.join(missing)}"
+    if "safety_checker" in parts:
+        return "it needs a 'safety_checker', which comes with no checkpoint"
     if missing := sorted(_CONTROLS & set(call)):
         return f"it draws by a '{missing[0]}', which no request brings"
     if trouble := (stock_video.refusal if stock_video.makes_videos(pipeline) else _other_than_pictures)(pipeline):
@@ -88,8 +91,8 @@ def _other_than_pictures(pipeline: Source) -> str | None:
     return None if returns else "it does not return pictures"
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json", "the checkpoint is incomplete")
+def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    return read_json(folder / name, "the checkpoint is incomplete")
 
 
 def _components(pipeline: Source, index: Mapping[str, Any], folder: Path) -> dict[str, Component]:

@@ -49,13 +49,14 @@ class Instance:
         return {**self.source.parameters("__init__"), **self.config}
 
     def attribute(self, name: str) -> Any:
-        """What `__init__` leaves in `self.<name>`. Raises Unknown."""
+        """What `__init__` leaves in `self.<name>`. Raises Unknown; also for None."""
         init, value = self.source.method("__init__"), None
         for node in self._assignments(init.body if init else [], f"self.{name}"):
             value = node
-        if value is None:
+        found = None if value is None else self.value(value)
+        if found is None:
             raise Unknown(name)
-        return self.value(value)
+        return found
 
     def default(self, name: str) -> Any:
         """What the call takes for a parameter that it is not given: the signature's, or else `name = name or ...` at

@@ -48,19 +48,21 @@ class VideoRequest(Parameters):
         return VideoJob(request, str(self.seconds or _rounded(request.num_frames / request.fps)))
 
     def _frames(self, capabilities: Capabilities, fps: int) -> int | None:
-        """The frames of `seconds`, on the model's grid. A model whose videos are all shorter makes its longest."""
+        """The frames of `seconds`, on the model's grid; by default as near as the model comes to it."""
         if self.seconds is None:
             if self.num_frames is not None:
                 return self.num_frames
-            return min(_on_grid(capabilities, DEFAULT_SECONDS * fps), _longest(capabilities))
+            frames = min(_on_grid(capabilities, DEFAULT_SECONDS * fps), _longest(capabilities))
+            return max(frames, capabilities.min_frames)
         if not _SECONDS.fullmatch(str(self.seconds)):
             message = f"Invalid seconds '{str(self.seconds)[:40]}': expected a positive whole number, such as '4'."
             raise RequestError(message, param="seconds")
         frames = _on_grid(capabilities, int(self.seconds) * fps)
-        if frames > capabilities.max_frames:
+        least, most = capabilities.min_frames, capabilities.max_frames
+        if not least <= frames <= most:
             raise RequestError(
                 f"Invalid seconds '{self.seconds}': at {fps} frames per second these are {frames} frames, and "
-                f"{capabilities.family} makes at most {capabilities.max_frames}.",
+                f"{capabilities.family} makes {f'at least {least}' if frames < least else f'at most {most}'}.",
                 param="seconds",
             )
         if self.num_frames not in (None, frames):

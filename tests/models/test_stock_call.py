@@ -9,7 +9,7 @@ import pytest
 from darkroom.configs import Request
 from darkroom.models.stock_call import arguments
 from tests.golden import picture_file, request
-from tests.models.test_stock_video import capabilities
+from tests.models.test_stock_sizes import capabilities
 from tests.subjects import WIDE, opened
 
 
