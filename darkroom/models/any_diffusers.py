@@ -18,7 +18,7 @@ from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
 
 from .base import Model, Sample
-from .stock_call import arguments
+from .stock_call import arguments, check_texts
 from .stock_vaes import SPREADABLE, SpreadableVae
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class AnyDiffusers(Model):
 
         from .stepwise import StepwiseCall
 
+        check_texts(request, [getattr(self.pipe, part) for part in self.processor_parts])
         pixels, multiple = request.width * request.height, self.options.size_multiple
         frames = (request.num_frames - 1) // self.frames_per_latent + 1
         sample = CallSample(

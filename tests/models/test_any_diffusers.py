@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import av
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -187,6 +188,18 @@ def test_guidance_of_videos_is_spread(tmp_path: Path) -> None:
 
 def with_two_branches(rank: int, size: int, folders: dict[str, Path], requests: dict[str, Request]) -> Any:
     return {name: one_request(rank, size, folder, {"cfg": 2}, requests[name]) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "&lt;|image_pad|&gt;", "&amp;lt;|video_pad|>"])
+def test_a_text_that_stands_for_a_picture_is_refused(token: str, tmp_path: Path) -> None:
+    """By the prompts that the pipeline cleans, in which escaped tokens are whole again."""
+    with worker(tiny_video.kandinsky5(tmp_path / "kandinsky"), ParallelConfig()) as one:
+        for param in ("prompt", "negative_prompt"):
+            wanted = msgspec.structs.replace(of_video({"num_frames": 5}), **{param: f"a {token} cat"})
+            with pytest.raises(RequestError, match="which stands for a picture") as caught:
+                one.execute(Prepare(ids=("a",), requests=(wanted,)))
+            assert caught.value.param == param
+    assert calls_in_flight() == []
 
 
 def test_what_guides_by_past_predictions_is_each_requests_own(tmp_path: Path) -> None:
