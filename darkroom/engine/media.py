@@ -21,7 +21,12 @@ _CRF = "18"
 
 
 def encode_files(pictures: Sequence[Image.Image], request: Request) -> tuple[bytes, ...]:
-    """Of one request: a video of its frames, and what is shown of it if asked for; else a file for each picture."""
+    """Of one request: a video of its frames, and what is shown of it if asked for; else a file for each picture.
+
+    Raises RuntimeError for a video of another length.
+    """
+    if request.fps and len(pictures) != request.num_frames:
+        raise RuntimeError(f"the model made {len(pictures)} frames where {request.num_frames} were asked for")
     if request.output_format == "mp4":
         stills = thumbnail_and_spritesheet(pictures) if request.stills else ()
         return (encode_video(pictures, request.fps), *stills)

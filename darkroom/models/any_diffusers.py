@@ -18,7 +18,7 @@ from darkroom.configs.errors import ConfigError
 from darkroom.configs.request import Request
 
 from .base import Model, Sample
-from .stock_call import arguments
+from .stock_call import arguments, check_texts
 from .stock_vaes import SPREADABLE, SpreadableVae
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class AnyDiffusers(Model):
 
         from .stepwise import StepwiseCall
 
+        check_texts(request, [getattr(self.pipe, part) for part in self.processor_parts])
         pixels, multiple = request.width * request.height, self.options.size_multiple
         frames = (request.num_frames - 1) // self.frames_per_latent + 1
         sample = CallSample(
@@ -155,8 +156,10 @@ class AnyDiffusers(Model):
         """
         import torch
 
-        made = [self._finish(sample) for sample in samples]
-        return None if self.mesh.rank > 0 else torch.cat([x for x in made if x is not None])
+        made = [x for sample in samples if (x := self._finish(sample)) is not None]
+        if self.mesh.rank > 0:
+            return None
+        return made[0] if len(made) == 1 else torch.cat(made)  # which would copy even one
 
     def _finish(self, sample: Sample) -> torch.Tensor | None:
         assert isinstance(sample, CallSample) and sample.call
@@ -165,19 +168,15 @@ class AnyDiffusers(Model):
         while sample.call.resume():
             pass
         made: torch.Tensor | None = sample.call.result
-        if made is None or not self.options.fps:
-            return made
-        if made.shape[1] != sample.request.num_frames:
-            raise RuntimeError(
-                f"the pipeline made {made.shape[1]} frames where {sample.request.num_frames} were asked for"
-            )
-        if not made.isfinite().all():  # as some do of a video that is too short for them
-            raise RuntimeError("the pipeline made frames that are no numbers")
-        return made.transpose(1, 2)  # it puts frames first
+        sample.call.result = None  # it may be large, and the sample is dropped later
+        return made.transpose(1, 2) if made is not None and self.options.fps else made  # it puts frames first
 
     def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
+        """Raises RuntimeError for frames of no numbers: in `decode` the output rank would fail alone."""
         from diffusers.image_processor import VaeImageProcessor
 
+        if self.options.fps and not all(x.isfinite() for x in decoded.aminmax()):  # of one too short for the pipeline
+            raise RuntimeError("the pipeline made frames that are no numbers")
         made = decoded[0].transpose(0, 1) if self.options.fps else decoded
         pictures: list[Image.Image] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(made))
         return pictures

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.request import Request
-from darkroom.parallel.plan import Plan
+from darkroom.parallel.plan import Plan, head_counts, lookup
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,23 @@ class Component:
             if key.startswith(prefix):
                 return own + key.removeprefix(prefix)
         return None
+
+    def described(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of a config.json that describes the class."""
+        whole = {**{name: config for name in self.nested}, **config}
+        part: Mapping[str, Any] = whole.get(self.section, whole) if self.section else whole
+        return part
+
+    def missing_number(self, part: Mapping[str, Any]) -> str | None:
+        """What the plan reads in that part and does not find there, if there is such a thing."""
+        return next((key for key in head_counts(self.plan) if not _is_count(part, key)), None)
+
+
+def _is_count(config: Mapping[str, Any], key: str) -> bool:
+    try:
+        return lookup(config, key) > 0
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,13 +78,9 @@ class Checkpoint:
 
     def _config(self, name: str, component: Component) -> Mapping[str, Any]:
         config = read_json(self.folder / name / "config.json", f"'{self.folder.name}' is incomplete")
-        config |= {name: config for name in component.nested if name not in config}
-        section: Mapping[str, Any] = config.get(component.section, config) if component.section else config
-        for key in head_counts(component.plan):
-            try:
-                lookup(section, key)
-            except (KeyError, TypeError, ValueError):
-                raise ConfigError(f"{name}/config.json has no number '{key}'") from None
+        section = component.described(config)
+        if key := component.missing_number(section):
+            raise ConfigError(f"{name}/config.json has no number '{key}'")
         return section
 
     def tensors(self, name: str) -> dict[str, Stored]:

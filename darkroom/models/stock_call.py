@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
 
 from darkroom.configs.capabilities import Capabilities
 from darkroom.configs.pictures import load_mask, load_picture
 from darkroom.configs.request import Request
 
-from .base import noise_generator
+from .base import PROMPTS, noise_generator
+
+if TYPE_CHECKING:
+    from .vision_language import PictureProcessor
+
+
+def check_texts(request: Request, processors: Iterable[PictureProcessor]) -> None:
+    """Raises RequestError for texts that `processors` would look for a picture for.
+
+    The pipelines clean them first, which makes tokens whole that were escaped.
+    """
+    from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
+
+    for processor in processors:
+        for param in PROMPTS:
+            processor.check(prompt_clean(getattr(request, param)), param)
 
 
 def arguments(request: Request, capabilities: Capabilities, parameters: Collection[str]) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from darkroom.parallel.plan import head_counts, lookup
-
 from . import language_models as language
 from .base import Component
 from .stock import Source
@@ -73,8 +71,8 @@ def cut_encoder(part: str, name: str, pipeline: Source, config: Mapping[str, Any
         return None
     if name.endswith(("ForCausalLM", "ForConditionalGeneration")) and not re.search(r"\bhidden_states\b", code):
         return None  # what it reads are the logits
-    section = _section(encoder, config)
-    if not all(_has_number(section, key) for key in head_counts(encoder.plan)):
+    section = encoder.described(config)
+    if encoder.missing_number(section):
         return None  # the class has a default, which only its library knows
     if not encoder.unread and _LAYERS not in encoder.plan.tensor:
         return encoder
@@ -120,20 +118,6 @@ def _does(encoder: Component, code: str, part: str, pipeline: Source) -> bool:
     others = set(pipeline.parameters("__init__")) - {part}
     writers = re.findall(r"(\w+)\.generate\b", code)
     return used <= has and others.issuperset(writers) and not re.search(r"\.logits\b", code)
-
-
-def _section(encoder: Component, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json that describes the class."""
-    whole = {**{name: config for name in encoder.nested}, **config}
-    section: Mapping[str, Any] = whole.get(encoder.section, whole) if encoder.section else whole
-    return section
-
-
-def _has_number(section: Mapping[str, Any], key: str) -> bool:
-    try:
-        return lookup(section, key) > 0
-    except (KeyError, TypeError, ValueError):
-        return False
 
 
 def _unread_layers(code: str, part: str, name: str, pipeline: Source, layers: int) -> int:

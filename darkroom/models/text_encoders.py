@@ -18,6 +18,9 @@ from darkroom.parallel.plan import (
 from .base import Component
 
 _CLIP_HEADS, _CLIP_LAYER = Heads("num_attention_heads"), "text_model.encoder.layers.*"
+_TEXT_HALF = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
+_PICTURE_HALF = ("vision_model.", "visual_projection.", "logit_scale", "logit_bias")
+"""What files hold of a whole model that compares texts with pictures, beside the half that is read."""
 
 CLIP = Component(  # position_ids are counted by the class; transformers before 4.31 stored them
     module="transformers.models.clip.modeling_clip",
@@ -32,7 +35,7 @@ CLIP = Component(  # position_ids are counted by the class; transformers before 
         }
     ),
     ranks="world",
-    leave_out=("text_model.embeddings.position_ids",),
+    leave_out=("text_model.embeddings.position_ids", *_PICTURE_HALF),
 )
 
 CLIP_TEXT = replace(  # without the projection, which the class does not have; nor the prefix, from transformers 5 on
@@ -59,7 +62,7 @@ CLIP_VISION = Component(  # the class had its layers in `vision_model` until tra
     ranks="world",
     prefixes={"vision_model.": "", "": ""},
     unread="encoder.layers",
-    leave_out=("vision_model.embeddings.position_ids", "visual_projection."),
+    leave_out=("vision_model.embeddings.position_ids", "visual_projection.", *_TEXT_HALF),
 )
 
 SIGLIP_VISION = replace(  # its pooling head, a single layer, is whole but for its MLP
@@ -87,6 +90,8 @@ BERT = Component(
         }
     ),
     ranks="world",
+    prefixes={"bert.": "", "": ""},
+    leave_out=("cls.",),  # of the classes around it, which guess words
 )
 
 _T5_HEADS, _T5_LAYER = Heads("num_heads"), "block.*.layer"

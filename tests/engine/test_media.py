@@ -82,8 +82,14 @@ def test_a_video_is_its_frames(frames: list[Image.Image]) -> None:
 
 def test_a_request_has_a_file_for_each_picture_or_one_video(frames: list[Image.Image]) -> None:
     assert len(encode_files(frames, request(output_format="png"))) == 9
-    [video] = encode_files(frames, request(output_format="mp4", fps=8))
+    [video] = encode_files(frames, request(output_format="mp4", fps=8, num_frames=9))
     assert video == encode_video(frames, 8)
+
+
+@pytest.mark.parametrize("output_format", ["mp4", "png"])
+def test_a_video_of_another_length_is_no_answer(frames: list[Image.Image], output_format: str) -> None:
+    with pytest.raises(RuntimeError, match="made 9 frames where 5 were asked for"):
+        encode_files(frames, request(output_format=output_format, fps=8, num_frames=5))
 
 
 def test_a_preview_is_one_picture(frames: list[Image.Image]) -> None:

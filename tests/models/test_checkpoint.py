@@ -132,6 +132,7 @@ KNOWN = ", ".join(sorted(MODELS))
         (with_text(TRANSFORMER, "?"), "transformer/config.json is not JSON: "),
         (with_text(TRANSFORMER, "{}"), "transformer/config.json has no number 'num_attention_heads'"),
         (with_values(TRANSFORMER, num_attention_heads="four"), "has no number 'num_attention_heads'"),
+        (with_values(TRANSFORMER, num_attention_heads=0), "has no number 'num_attention_heads'"),
         (with_values("text_encoder/config.json", text_config={}), "text_encoder/config.json has no number"),
         (without("transformer/diffusion_pytorch_model.safetensors"), "'transformer' holds no safetensors file"),
         (with_text("vae/diffusion_pytorch_model.safetensors", "no header"), "vae/diffusion_pytorch_model.safetensors"),
