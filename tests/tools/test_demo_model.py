@@ -179,6 +179,8 @@ def test_one_command_makes_a_pipeline_from_nothing(tmp_path: Path, monkeypatch: 
     main(["train", "--smoke", "--work", str(tmp_path)])
     folder = tmp_path / "demo"
     assert Checkpoint.open(str(folder)).capabilities == Checkpoint.open("demo").capabilities
+    assert str(tmp_path) not in "".join(file.read_text() for file in folder.rglob("*.json"))
+    assert json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["padding"] is None
     how = scores.Drawing(width=64, height=48, steps=2)
     [picture] = scores.draw(scores.load(folder), ["a red star on a blue background"], how)
     assert picture.size == (64, 48)
@@ -210,3 +212,5 @@ def test_the_shipped_folder_is_small_and_draws_what_it_is_told() -> None:
     for kind in KINDS:
         found = rates(scores.score(pipeline, kind, 16, scores.Drawing()))
         assert found["everything"] >= 0.7, f"{kind}: {found}"
+    found = rates(scores.score(pipeline, "single", 16, scores.Drawing(width=96, height=128)))
+    assert found["place"] >= 0.9 and found["everything"] >= 0.6, found

@@ -34,8 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     judge.add_argument("--number", type=int, default=500, help="pictures of 128x128 for each row (default: 500)")
     judge.add_argument("--others", type=int, default=200, help="pictures for each other row (default: 200)")
     judge.add_argument("--steps", type=int, default=12, help="default: 12")
-    judge.add_argument("--guidance", type=float, default=4.0, help="default: 4")
-
+    judge.add_argument("--guidance", type=float, default=2.5, help="default: 2.5, the model's own")
     judge.add_argument("--page", type=Path, help="write them there too, between the two comments that say so")
 
     given = parser.parse_args(arguments)

@@ -81,7 +81,12 @@ def export(pipeline: QwenImagePipeline, folder: Path) -> None:
     modules: tuple[nn.Module, ...] = (pipeline.vae, pipeline.text_encoder, pipeline.transformer)
     for module in modules:
         module.to("cpu", torch.bfloat16)
+    pipeline.tokenizer.backend_tokenizer.no_padding()  # it keeps what it was last asked for
     pipeline.save_pretrained(folder)
+    for file in folder.glob("*/config.json"):  # where the parts were is nobody's business
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
     (folder / "darkroom.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
 
 

@@ -34,7 +34,7 @@ class Drawing:
     width: int = 128
     height: int = 128
     steps: int = 12
-    guidance: float = 4.0
+    guidance: float = 2.5
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> QwenImagePipeline:
