@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from darkroom.configs.capabilities import Capabilities
@@ -10,16 +10,19 @@ from darkroom.configs.pictures import load_mask, load_picture
 from darkroom.configs.request import Request
 
 from .base import PROMPTS, noise_generator
+from .stock_video import LENGTHS, RATES
 
 if TYPE_CHECKING:
     from .vision_language import PictureProcessor
 
 
-def check_texts(request: Request, processors: Iterable[PictureProcessor]) -> None:
+def check_texts(request: Request, processors: Sequence[PictureProcessor]) -> None:
     """Raises RequestError for texts that `processors` would look for a picture for.
 
     The pipelines clean them first, which makes tokens whole that were escaped.
     """
+    if not processors:
+        return
     from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
 
     for processor in processors:
@@ -35,8 +38,8 @@ def arguments(request: Request, capabilities: Capabilities, parameters: Collecti
         "height": request.height,
         "width": request.width,
         "max_area": request.width * request.height,  # some scale the size that is asked for to this many pixels
-        **dict.fromkeys(("num_frames", "frames", "video_length"), request.num_frames),
-        **dict.fromkeys(("frame_rate", "fps"), request.fps),
+        **dict.fromkeys(LENGTHS, request.num_frames),
+        **dict.fromkeys(RATES, request.fps),
         "num_inference_steps": request.num_inference_steps,
         **_guidance(request, capabilities),
         "max_sequence_length": request.max_sequence_length,

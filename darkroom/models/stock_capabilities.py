@@ -113,9 +113,8 @@ def _sizes(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> dict[s
     scale = 2 ** (len(stages) - 1)
     patch = transformer.get("patch_size", 1)
     patch = max(patch[-1] if isinstance(patch, list) else patch, 2 if "// 2" in _packing(pipeline) else 1)
-    checked = re.findall(r"(?:height|width) % (\d+)", pipeline.code("check_inputs"))
     edge = (pipeline.constant("default_sample_size") or transformer.get("sample_size") or 128) * scale
-    unit, default_size = math.lcm(scale * patch, *map(int, checked)), (call["width"] or edge, call["height"] or edge)
+    unit, default_size = stock_sizes.edge_unit(pipeline, scale * patch), (call["width"] or edge, call["height"] or edge)
     return {
         "size_multiple": unit,
         "min_edge": unit,

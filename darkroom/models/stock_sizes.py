@@ -12,9 +12,8 @@ from darkroom.configs.errors import ConfigError
 from .stock import Source, classes, find_class
 from .stock_cards import card
 from .stock_numbers import Instance, Unknown
-from .stock_video import length_parameter, makes_videos
+from .stock_video import RATES, length_parameter, makes_videos
 
-_RATES = ("frame_rate", "fps")
 _MOST_FRAMES = 241
 """Ten seconds at 24 frames a second: how long the videos may be, unless those by default are longer."""
 _LATENT_FRAMES = re.compile(r"frames - 1\) // self\.(\w+) \+ 1")
@@ -45,8 +44,7 @@ def sizes(name: str, source: Source, configs: Mapping[str, Mapping[str, Any]]) -
 def _edges(pipeline: Instance, area: int) -> dict[str, Any]:
     """`area`: the pixels of the default size."""
     transformer, token = pipeline.parts["transformer"], _token(pipeline)
-    checked = map(int, re.findall(r"(?:height|width) % (\d+)", pipeline.source.code("check_inputs")))
-    unit, places = math.lcm(token, *checked), _places(transformer)
+    unit, places = edge_unit(pipeline.source, token), _places(transformer)
     return {
         "size_multiple": unit,
         "min_edge": unit,
@@ -54,6 +52,12 @@ def _edges(pipeline: Instance, area: int) -> dict[str, Any]:
         "max_pixels": 4 * area,
         "one_size": has_own_places(transformer.settings()),
     }
+
+
+def edge_unit(pipeline: Source, token: int) -> int:
+    """What edges are multiples of: a token's pixels, and what the inputs are checked for."""
+    checked = re.findall(r"(?:height|width) % (\d+)", pipeline.code("check_inputs"))
+    return math.lcm(token, *map(int, checked))
 
 
 def _lengths(pipeline: Instance, frames: int, fewest: int) -> dict[str, int]:
@@ -75,8 +79,13 @@ def has_own_places(transformer: Mapping[str, Any]) -> bool:
 
 def frames_per_latent(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> int:
     """How many frames of a video are one of its latents', the first frame aside. One of pictures."""
-    found = _LATENT_FRAMES.search(pipeline.text) if makes_videos(pipeline) else None
-    return int(_instance(pipeline, configs).attribute(found[1])) if found else 1
+    return (_frames_per_latent(_instance(pipeline, configs)) or 1) if makes_videos(pipeline) else 1
+
+
+def _frames_per_latent(pipeline: Instance) -> int | None:
+    """None where its source does not say."""
+    found = _LATENT_FRAMES.search(pipeline.source.text)
+    return int(pipeline.attribute(found[1])) if found else None
 
 
 def _instance(pipeline: Source, configs: Mapping[str, Mapping[str, Any]]) -> Instance:
@@ -123,9 +132,9 @@ def _frame_multiple(pipeline: Instance) -> int:
         raise ConfigError(f"its VAE, {vae.node.name}, decodes in nothing but tiles")
     if (patch := _patch(pipeline, 0)) > 1 and "patch_size_t" not in code:
         raise ConfigError(f"its transformer makes {patch} frames of latents a token")
-    if found := _LATENT_FRAMES.search(pipeline.source.text):
+    if frames := _frames_per_latent(pipeline):
         batch = vae.constant("num_latent_frames_batch_size") if "% frame_batch_size" in vae.code("_decode") else 1
-        return int(pipeline.attribute(found[1]) * batch)  # of an even number of latents it makes more frames
+        return frames * int(batch)  # of an even number of latents it makes more frames
     if _any_length(pipeline):
         raise ConfigError("it is not known how many frames it makes of those that it is asked for")
     return max(_default_frames(pipeline) - 1, 1)
@@ -147,7 +156,7 @@ def _default_frames(pipeline: Instance) -> int:
 def _frame_rate(pipeline: Source) -> int:
     """What the call takes for it, or what the example in its documentation plays its video at."""
     call = pipeline.parameters("__call__")
-    if rate := next((call[parameter] for parameter in _RATES if call.get(parameter)), None):
+    if rate := next((call[parameter] for parameter in RATES if call.get(parameter)), None):
         return int(rate)
     if said := re.search(r"export_to_video\([^\n]*\bfps=(\d+)|at (\d+) frames per second", pipeline.text):
         return int(said[1] or said[2])

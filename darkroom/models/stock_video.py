@@ -9,7 +9,8 @@ from darkroom.configs.request import Task
 
 from .stock import Source
 
-_LENGTHS = ("num_frames", "frames", "video_length")
+LENGTHS, RATES = ("num_frames", "frames", "video_length"), ("frame_rate", "fps")
+"""What calls name the number of frames, and how many of them a second has."""
 _SOUND = re.compile(r"audio|sound")
 _ROUNDED = re.compile(r"num_frames // (self\.\w+) \* \1 \+ 1|max\(num_frames, 1\)|num_frames or .*")
 """What a call may make of the number of frames that it is given: nothing that it has not asked for."""
@@ -17,12 +18,12 @@ _ROUNDED = re.compile(r"num_frames // (self\.\w+) \* \1 \+ 1|max\(num_frames, 1\
 
 def makes_videos(pipeline: Source) -> bool:
     code = pipeline.code("__call__")
-    return bool({*_LENGTHS, "video"} & set(pipeline.parameters("__call__"))) or ".frames" in code or "(frames=" in code
+    return bool({*LENGTHS, "video"} & set(pipeline.parameters("__call__"))) or ".frames" in code or "(frames=" in code
 
 
 def length_parameter(pipeline: Source) -> str | None:
     """What the call names the number of frames."""
-    return next((name for name in _LENGTHS if name in pipeline.parameters("__call__")), None)
+    return next((name for name in LENGTHS if name in pipeline.parameters("__call__")), None)
 
 
 def does_without(pipeline: Source, parameter: str) -> bool:

@@ -17,7 +17,20 @@ from darkroom.parallel.plan import (
 
 from .base import Component
 
-_CLIP_HEADS, _CLIP_LAYER = Heads("num_attention_heads"), "text_model.encoder.layers.*"
+_HEADS = Heads("num_attention_heads")
+
+
+def _clip_layers(encoder: str) -> dict[str, TensorStyle]:
+    """The layers of either half of CLIP."""
+    layer = f"{encoder}.layers.*"
+    return {
+        **{f"{layer}.self_attn.{name}_proj": Colwise(_HEADS) for name in "qkv"},
+        f"{layer}.self_attn.out_proj": Rowwise(_HEADS),
+        f"{layer}.mlp.fc1": Colwise(),
+        f"{layer}.mlp.fc2": Rowwise(),
+    }
+
+
 _TEXT_HALF = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
 _PICTURE_HALF = ("vision_model.", "visual_projection.", "logit_scale", "logit_bias")
 """What files hold of a whole model that compares texts with pictures, beside the half that is read."""
@@ -28,10 +41,7 @@ CLIP = Component(  # position_ids are counted by the class; transformers before 
     plan=Plan(
         tensor={
             "text_model.embeddings.token_embedding": EmbeddingColumns(),
-            **{f"{_CLIP_LAYER}.self_attn.{name}_proj": Colwise(_CLIP_HEADS) for name in "qkv"},
-            f"{_CLIP_LAYER}.self_attn.out_proj": Rowwise(_CLIP_HEADS),
-            f"{_CLIP_LAYER}.mlp.fc1": Colwise(),
-            f"{_CLIP_LAYER}.mlp.fc2": Rowwise(),
+            **_clip_layers("text_model.encoder"),
         }
     ),
     ranks="world",
@@ -46,19 +56,10 @@ CLIP_TEXT = replace(  # without the projection, which the class does not have; n
     leave_out=(*CLIP.leave_out, "embeddings.position_ids", "text_projection."),
 )
 
-_VISION_LAYER = "encoder.layers.*"
-
 CLIP_VISION = Component(  # the class had its layers in `vision_model` until transformers 5
     module="transformers.models.clip.modeling_clip",
     name="CLIPVisionModel",
-    plan=Plan(
-        tensor={
-            **{f"{_VISION_LAYER}.self_attn.{name}_proj": Colwise(_CLIP_HEADS) for name in "qkv"},
-            f"{_VISION_LAYER}.self_attn.out_proj": Rowwise(_CLIP_HEADS),
-            f"{_VISION_LAYER}.mlp.fc1": Colwise(),
-            f"{_VISION_LAYER}.mlp.fc2": Rowwise(),
-        }
-    ),
+    plan=Plan(tensor=_clip_layers("encoder")),
     ranks="world",
     prefixes={"vision_model.": "", "": ""},
     unread="encoder.layers",
@@ -83,8 +84,8 @@ BERT = Component(
     plan=Plan(
         tensor={
             "embeddings.word_embeddings": EmbeddingColumns(),
-            **{f"{_BERT_LAYER}.attention.self.{name}": Colwise(_CLIP_HEADS) for name in ("query", "key", "value")},
-            f"{_BERT_LAYER}.attention.output.dense": Rowwise(_CLIP_HEADS),
+            **{f"{_BERT_LAYER}.attention.self.{name}": Colwise(_HEADS) for name in ("query", "key", "value")},
+            f"{_BERT_LAYER}.attention.output.dense": Rowwise(_HEADS),
             f"{_BERT_LAYER}.intermediate.dense": Colwise(),
             f"{_BERT_LAYER}.output.dense": Rowwise(),
         }
