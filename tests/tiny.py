@@ -302,6 +302,17 @@ def _t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
+def _save_t5_tokenizer(folder: Path) -> Path:
+    """In place of the demo's."""
+    shutil.rmtree(folder / "tokenizer")
+    _t5_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def _small_t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(**_T5))
+
+
 def flux(folder: Path, *, heads: int = 4) -> Path:
     """A FLUX.1 pipeline of `heads` x 16, with guidance as an input of the transformer. No family is written for it."""
     torch.manual_seed(0)
@@ -323,7 +334,7 @@ def flux(folder: Path, *, heads: int = 4) -> Path:
         "transformer": transformer,
         "vae": _vae(),
         "text_encoder": CLIPTextModel(clip),
-        "text_encoder_2": T5EncoderModel(T5Config(**_T5)),
+        "text_encoder_2": _small_t5(),
         "scheduler": _shifting_scheduler(),
     }
     _save(folder, "FluxPipeline", parts, torch.float32, tokenizer_2=["transformers", "Qwen2Tokenizer"])
@@ -399,7 +410,7 @@ def pixart_sigma(folder: Path) -> Path:
     parts = {
         "transformer": transformer,
         "vae": _vae(),
-        "text_encoder": T5EncoderModel(T5Config(**_T5)),
+        "text_encoder": _small_t5(),
         # at the usual 0.02, the first steps multiply a random model's rounding by hundreds, and its latents too
         "scheduler": DPMSolverMultistepScheduler(beta_end=0.002),
     }
@@ -495,9 +506,7 @@ def wan(
     }
     settings = {"boundary_ratio": boundary, "expand_timesteps": small, "tokenizer": ["transformers", "T5TokenizerFast"]}
     _save(folder, "WanPipeline", parts, dtype, **settings)
-    shutil.rmtree(folder / "tokenizer")
-    _t5_tokenizer().save_pretrained(folder / "tokenizer")
-    return folder
+    return _save_t5_tokenizer(folder)
 
 
 def wan_image_to_video(folder: Path, *, heads: int = 4, boundary: float | None = None, small: bool = False) -> Path:
@@ -519,9 +528,7 @@ def wan_image_to_video(folder: Path, *, heads: int = 4, boundary: float | None =
     _save(folder, "WanImageToVideoPipeline", parts, torch.float32, **settings)
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))  # as the hub has it
-    shutil.rmtree(folder / "tokenizer")
-    _t5_tokenizer().save_pretrained(folder / "tokenizer")
-    return folder
+    return _save_t5_tokenizer(folder)
 
 
 _CLIP_SIZES: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}

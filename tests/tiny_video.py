@@ -32,8 +32,6 @@ from transformers import (
     Gemma2Model,
     LlamaConfig,
     LlamaModel,
-    T5Config,
-    T5EncoderModel,
 )
 
 from tests import tiny
@@ -64,7 +62,7 @@ def ltx(folder: Path, *, timed: bool = False) -> Path:
     parts = {
         "transformer": transformer,
         "vae": vae,
-        "text_encoder": T5EncoderModel(T5Config(**tiny._T5)),
+        "text_encoder": tiny._small_t5(),
         "scheduler": tiny._shifting_scheduler(),
     }
     return tiny._save(folder, "LTXPipeline", parts, torch.float32)
@@ -93,7 +91,7 @@ def cogvideox(folder: Path, *, begins: bool = False) -> Path:
     parts = {
         "transformer": transformer,
         "vae": vae,
-        "text_encoder": T5EncoderModel(T5Config(**tiny._T5)),
+        "text_encoder": tiny._small_t5(),
         "scheduler": CogVideoXDDIMScheduler(),
     }
     name = f"CogVideoX{'ImageToVideo' if begins else ''}Pipeline"
@@ -141,9 +139,7 @@ def skyreels_v2(folder: Path) -> Path:
         "scheduler": tiny._unipc(),
     }
     tiny._save(folder, "SkyReelsV2Pipeline", parts, torch.float32, tokenizer=["transformers", "T5TokenizerFast"])
-    shutil.rmtree(folder / "tokenizer")
-    tiny._t5_tokenizer().save_pretrained(folder / "tokenizer")
-    return folder
+    return tiny._save_t5_tokenizer(folder)
 
 
 def hunyuan_video(folder: Path) -> Path:
@@ -195,7 +191,7 @@ def mochi(folder: Path) -> Path:
     parts = {
         "transformer": transformer,
         "vae": vae,
-        "text_encoder": T5EncoderModel(T5Config(**tiny._T5)),
+        "text_encoder": tiny._small_t5(),
         "scheduler": FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     }
     return tiny._save(folder, "MochiPipeline", parts, torch.float32, force_zeros_for_empty_prompt=True)
@@ -274,7 +270,7 @@ def latte(folder: Path) -> Path:
     parts = {
         "transformer": transformer,
         "vae": tiny._vae(),
-        "text_encoder": T5EncoderModel(T5Config(**tiny._T5)),
+        "text_encoder": tiny._small_t5(),
         "scheduler": CogVideoXDDIMScheduler(),
     }
     return tiny._save(folder, "LattePipeline", parts, torch.float32)
@@ -294,7 +290,7 @@ def motif_video(folder: Path) -> Path:
     parts = {
         "transformer": transformer,
         "vae": tiny._wan_vae(False),
-        "text_encoder": T5EncoderModel(T5Config(**tiny._T5)),
+        "text_encoder": tiny._small_t5(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
         "guider": AdaptiveProjectedGuidance(guidance_scale=5.0, adaptive_projected_guidance_momentum=0.5),
     }
