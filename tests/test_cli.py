@@ -257,15 +257,6 @@ def test_generate_writes_files_and_shows_its_progress(tmp_path: Path) -> None:
     assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
-def test_generate_of_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "a.b.png"
-    flags = ["--num-inference-steps", "2", "--width", "64", "--height", "64", "--device", "cpu"]
-    assert main(["generate", "demo", "a red star", "-o", str(path), *flags]) == 0
-    assert capsys.readouterr().out.startswith(f"{path} (seed ")
-    with Image.open(path) as picture:
-        assert (picture.format, picture.size) == ("PNG", (64, 64))
-
-
 def test_generate_makes_a_video(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,16 +273,17 @@ def test_generate_edits_pictures(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To the pixel what a worker makes of them, in their order."""
-    folder, path = checkpoints["qwen_image_edit_plus_2511"], tmp_path / "out.png"
+    folder, path = checkpoints["qwen_image_edit_plus_2511"], tmp_path / "a.b.png"
     flags = ["--num-inference-steps", "2", "--width", "112", "--height", "80", "--seed", "3", "--device", "cpu"]
     for name, content in (("a.png", WIDE), ("b.png", TALL)):
         (tmp_path / name).write_bytes(content)
         flags += ["--image", str(tmp_path / name)]
     assert main(["generate", str(folder), "make it red", "-o", str(path), *flags]) == 0
+    assert capsys.readouterr().out == f"{path} (seed 3)\n"
     params = SamplingParams(width=112, height=80, num_inference_steps=2, seed=3, images=(WIDE, TALL))
     with worker(folder, ParallelConfig()) as one, Image.open(path) as picture:
         [(_, decoded)] = generate(one, [one.model.options.resolve("make it red", params)]).values()
-        assert decoded is not None
+        assert decoded is not None and picture.format == "PNG"
         assert picture.tobytes() == one.model.pictures(decoded)[0].tobytes()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,18 @@ def test_progress_is_told_over_all_pictures(darkroom: Darkroom) -> None:
     assert heard == [(i, 6) for i in range(1, 7)]
 
 
-def test_more_pictures_than_the_engine_lets_wait() -> None:
+def test_more_than_the_engine_lets_wait() -> None:
+    """Pictures to make, and bytes of pictures to begin with."""
     params = SamplingParams(seed=5, num_inference_steps=2, width=64, height=64, n=20)
-    with Darkroom("demo", device="cpu", max_queue=3) as small:
+    noise = Image.frombytes("RGB", (512, 512), np.random.default_rng(0).bytes(512 * 512 * 3))  # no PNG makes it smaller
+    with Darkroom("demo", device="cpu", max_queue=3, max_queue_mb=1) as small:
         pictures = small.generate("a star", params)
         assert [picture.info["seed"] for picture in pictures] == list(range(5, 25))
         huge = golden.request(width=2**20, height=2**20)
         with pytest.raises(GenerationError):
             small.run([huge] + [golden.request()] * 20)
         assert len(small.generate("a star", params)) == 20
-
-
-def test_more_bytes_of_pictures_than_the_engine_lets_wait() -> None:
-    params = SamplingParams(num_inference_steps=2, width=64, height=64, n=6)
-    noise = Image.frombytes("RGB", (512, 512), np.random.default_rng(0).bytes(512 * 512 * 3))  # no PNG makes it smaller
-    with Darkroom("demo", device="cpu", max_queue_mb=1) as small:
-        assert len(small.generate("a red star", params, images=[noise])) == 6
+        assert len(small.generate("a star", replace(params, n=3), images=[noise])) == 3
 
 
 def test_calls_from_several_threads_wait_for_each_other(darkroom: Darkroom) -> None:

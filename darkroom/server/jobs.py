@@ -303,8 +303,13 @@ class JobStore:
 
         task = asyncio.create_task(run())
         self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task.add_done_callback(self._has_ended)
         return await asyncio.shield(task)
+
+    def _has_ended(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # is the caller's; where he is gone, asyncio must not log it
 
 
 def _held(job: Job) -> sa.ColumnElement[bool]:
