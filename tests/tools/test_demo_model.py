@@ -210,7 +210,7 @@ def test_the_shipped_folder_is_small_and_draws_what_it_is_told() -> None:
     assert making.size_of(DEMO) <= 12_000_000
     pipeline = scores.load(DEMO)
     for kind in KINDS:
-        found = rates(scores.score(pipeline, kind, 8, scores.Drawing()))
+        found = rates(scores.score(pipeline, kind, 12, scores.Drawing()))
         assert found["everything"] >= 0.7, f"{kind}: {found}"
     found = rates(scores.score(pipeline, "single", 8, scores.Drawing(width=96, height=128)))
     assert found["place"] >= 0.9 and found["everything"] >= 0.6, found
