@@ -15,10 +15,12 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanDiT2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
@@ -31,6 +33,8 @@ from diffusers import (
 )
 from tokenizers import pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
@@ -415,6 +419,38 @@ def pixart_sigma(folder: Path) -> Path:
         "scheduler": DPMSolverMultistepScheduler(beta_end=0.002),
     }
     return _save(folder, "PixArtSigmaPipeline", parts, torch.float32)
+
+
+def hunyuan_dit(folder: Path) -> Path:
+    """A HunyuanDiT pipeline, read to by BERT and T5, without the safety checker that it has a place for."""
+    torch.manual_seed(0)
+    transformer = HunyuanDiT2DModel(
+        num_attention_heads=4,
+        attention_head_dim=HEAD_DIM,
+        in_channels=16,
+        patch_size=2,
+        sample_size=16,
+        hidden_size=64,
+        num_layers=2,
+        cross_attention_dim=64,
+        cross_attention_dim_t5=64,
+        pooled_projection_dim=32,
+        use_style_cond_and_image_meta_size=False,
+    )
+    bert = BertConfig(vocab_size=757, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
+    parts = {
+        "transformer": transformer,
+        "vae": _vae(),
+        "text_encoder": BertModel(bert),
+        "text_encoder_2": _small_t5(),
+        "scheduler": DDPMScheduler(beta_end=0.002),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    tokenizer = {"tokenizer_2": ["transformers", "Qwen2Tokenizer"]}
+    _save(folder, "HunyuanDiTPipeline", parts, torch.float32, **tokenizer, requires_safety_checker=True)
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    return folder
 
 
 def sana(folder: Path) -> Path:

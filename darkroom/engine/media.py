@@ -23,8 +23,11 @@ _CRF = "18"
 def encode_files(pictures: Sequence[Image.Image], request: Request) -> tuple[bytes, ...]:
     """Of one request: a video of its frames, and what is shown of it if asked for; else a file for each picture.
 
-    Raises RuntimeError for a video of another length.
+    Raises RuntimeError for pictures of another size, and for a video of another length.
     """
+    if others := {picture.size for picture in pictures} - {(request.width, request.height)}:
+        width, height = others.pop()
+        raise RuntimeError(f"the model made {width}x{height} where {request.width}x{request.height} were asked for")
     if request.fps and len(pictures) != request.num_frames:
         raise RuntimeError(f"the model made {len(pictures)} frames where {request.num_frames} were asked for")
     if request.output_format == "mp4":

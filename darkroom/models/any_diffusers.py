@@ -8,7 +8,7 @@ decode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,8 @@ class AnyDiffusers(Model):
     files: ClassVar = ((("scheduler/scheduler_config.json",),),)
     parameters: ClassVar[frozenset[str]]
     """What the pipeline's call takes."""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """What every call is given besides what a request says."""
     frames_per_latent: ClassVar[int] = 1
     """Of a video, the first frame aside."""
 
@@ -119,7 +121,7 @@ class AnyDiffusers(Model):
             progress_bar=steps.of,
         )
         given = arguments(sample.request, self.options, self.parameters)
-        return pipe(**given, **steps.hooks(), return_dict=False)[0]
+        return pipe(**given, **self.fixed, **steps.hooks(), return_dict=False)[0]
 
     def _branches(self, request: Request) -> BranchCalls | None:
         from darkroom.parallel.guidance import BranchCalls

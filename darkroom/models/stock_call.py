@@ -47,8 +47,6 @@ def arguments(request: Request, capabilities: Capabilities, parameters: Collecti
         "output_type": "pt",
         **_pictures(request),
     }
-    if capabilities.fps:
-        values["use_resolution_binning"] = False  # Sana-Video's own sizes of other shapes than 16:9 fail its checks
     return {name: value for name, value in values.items() if name in parameters}
 
 

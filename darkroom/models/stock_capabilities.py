@@ -82,7 +82,8 @@ def _steps(pipeline: Source, scheduler: Mapping[str, Any]) -> tuple[int, int, in
     if fixed := re.search(r"num_inference_steps != (\d+)", pipeline.code("check_inputs")):
         return (int(fixed[1]),) * 3
     steps = pipeline.parameters("__call__")["num_inference_steps"] or 50
-    two_at_least = scheduler.get("shift_terminal") or "linear_quadratic_schedule(" in pipeline.text
+    is_linear = "linear_quadratic_schedule(" in pipeline.text and "num_steps < 2" not in pipeline.text
+    two_at_least = scheduler.get("shift_terminal") or is_linear
     return 2 if two_at_least else 1, steps, max(200, steps)
 
 
@@ -91,7 +92,9 @@ def _window(pipeline: Source, transformer: Mapping[str, Any]) -> int:
     if places := transformer.get("max_text_seq_length"):
         return int(places)
     bound = re.search(r"max_sequence_length > (\d+)", pipeline.code("check_inputs"))
-    return int(bound[1]) if bound else pipeline.parameters("__call__").get("max_sequence_length") or 512
+    window = int(bound[1]) if bound else pipeline.parameters("__call__").get("max_sequence_length") or 512
+    axes = transformer.get("axes_lens")  # Lumina 2's: places for texts, of which the picture takes one, rows, columns
+    return min(window, int(axes[0]) - 1) if axes else window
 
 
 def _is_padded(transformer: Mapping[str, Any]) -> bool:
@@ -136,6 +139,8 @@ def _picture_limits(pipeline: Source) -> dict[str, Any]:
 def _max_edge(transformer: Mapping[str, Any], unit: int) -> int | None:
     """As far as its table of positions reaches. AuraFlow's says how many there are in all, the others' on an edge.
     CogView4 has the number in its config and no table."""
+    if axes := transformer.get("axes_lens"):
+        return unit * int(min(axes[1:]))
     tokens, name = transformer.get("pos_embed_max_size"), transformer.get("_class_name", "")
     source = find_class(name, "models/transformers")
     if tokens is None or source is None or "pos_embed_max_size=" not in source.code("__init__"):

@@ -13,7 +13,7 @@ from typing import Any
 from . import language_models as language
 from .base import Component
 from .stock import Source
-from .text_encoders import BERT, CLIP, CLIP_TEXT, CLIP_VISION, SIGLIP_VISION, T5, UMT5
+from .text_encoders import BERT, CLIP, CLIP_TEXT, CLIP_VISION, T5, UMT5
 
 BY_CLASS = {
     "BertModel": BERT,
@@ -41,7 +41,6 @@ BY_CLASS = {
     "Qwen3ForCausalLM": language.QWEN3,
     "Qwen3VLModel": language.QWEN3_VL,
     "Qwen3VLForConditionalGeneration": language.QWEN3_VL,
-    "SiglipVisionModel": SIGLIP_VISION,
     "SmolLM3ForCausalLM": language.SMOLLM3,
     "T5EncoderModel": T5,
     "UMT5EncoderModel": UMT5,

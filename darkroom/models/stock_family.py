@@ -39,6 +39,11 @@ _PICTURES = {
     *("image_embeds", "last_image", "image_cond_noise_scale", "mask_feature"),
 }
 """Parameters of pictures and videos: those that are filled, and those that a call does without."""
+_OWN_SIZE = re.compile(
+    r"\bwidth = (?:image|calculated)_width\n|\bwidth, height = (?:self\.resolutions\[|int\(width \* scale\b)"
+)
+"""Where a call draws as large as a picture of the request is, or in one of a few sizes, or always as many pixels."""
+_BINNING = "use_resolution_binning"
 
 
 def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
@@ -56,6 +61,7 @@ def family_of(name: str, index: Mapping[str, Any], folder: Path) -> type[Model]:
         "components": components,
         "capabilities": capabilities(name, pipeline, index, configs, components),
         "parameters": frozenset(pipeline.parameters("__call__")),
+        "fixed": _fixed(pipeline),
         "processor_parts": tuple(part for part, x in index.items() if part.startswith("tokenizer") and _PROCESSOR in x),
         "frames_per_latent": stock_sizes.frames_per_latent(pipeline, configs),
     }
@@ -70,7 +76,7 @@ def why_not(pipeline: Source) -> str | None:
         return f"it has no {' and no '.join(missing)}"
     if missing := [parameter for parameter in _NEEDED if parameter not in call]:
         return f"its call takes no {' and no '.join(missing)}"
-    if "safety_checker" in parts:
+    if "safety_checker" in parts and "requires_safety_checker" not in parts:  # which may be told that there is none
         return "it needs a 'safety_checker', which comes with no checkpoint"
     if missing := sorted(_CONTROLS & set(call)):
         return f"it draws by a '{missing[0]}', which no request brings"
@@ -87,8 +93,17 @@ def why_not(pipeline: Source) -> str | None:
 
 
 def _other_than_pictures(pipeline: Source) -> str | None:
-    returns = re.search(r"return \w+\(\s*images?=", pipeline.code("__call__"))
-    return None if returns else "it does not return pictures"
+    code = pipeline.code("__call__")
+    if not re.search(r"return \w+\(\s*images?=", code):
+        return "it does not return pictures"
+    return "its pictures have sizes of their own, whatever is asked for" if _OWN_SIZE.search(code) else None
+
+
+def _fixed(pipeline: Source) -> dict[str, bool]:
+    """What every call is given: no shapes but the one that is asked for, where the call would draw in one of its own
+    and leave it so; and for videos, as Sana-Video's fail its own checks."""
+    scales_back = "resize_and_crop_tensor(" in pipeline.code("__call__") and not stock_video.makes_videos(pipeline)
+    return {_BINNING: False} if _BINNING in pipeline.parameters("__call__") and not scales_back else {}
 
 
 def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:

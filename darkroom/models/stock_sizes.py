@@ -44,11 +44,11 @@ def sizes(name: str, source: Source, configs: Mapping[str, Mapping[str, Any]]) -
 def _edges(pipeline: Instance, area: int) -> dict[str, Any]:
     """`area`: the pixels of the default size."""
     transformer, token = pipeline.parts["transformer"], _token(pipeline)
-    unit, places = edge_unit(pipeline.source, token), _places(transformer)
+    unit, (_, places) = edge_unit(pipeline.source, token), _places(pipeline)
     return {
         "size_multiple": unit,
         "min_edge": unit,
-        "max_edge": min(places[1:]) * token // unit * unit if places else None,
+        "max_edge": places * token // unit * unit if places else None,
         "max_pixels": 4 * area,
         "one_size": has_own_places(transformer.settings()),
     }
@@ -62,13 +62,13 @@ def edge_unit(pipeline: Source, token: int) -> int:
 
 def _lengths(pipeline: Instance, frames: int, fewest: int) -> dict[str, int]:
     """Of videos, in frames; `frames` is the default."""
-    multiple, places = _frame_multiple(pipeline), _places(pipeline.parts["transformer"])
+    multiple, (places, _) = _frame_multiple(pipeline), _places(pipeline)
     frames = (frames - 1) // multiple * multiple + 1
     if has_own_places(pipeline.parts["transformer"].settings()):
         fewest = most = frames
     else:
         most = max(frames, (_MOST_FRAMES - 1) // multiple * multiple + 1) if _any_length(pipeline) else frames
-        most = min(most, (places[0] - 1) * multiple + 1) if places else most
+        most = min(most, (places - 1) * multiple + 1) if places else most
     return {"num_frames": frames, "frame_multiple": multiple, "min_frames": fewest, "max_frames": most}
 
 
@@ -108,12 +108,18 @@ def _token(pipeline: Instance) -> int:
     return int(pipeline.attribute(found[1])) * _patch(pipeline, -1)
 
 
-def _places(transformer: Instance) -> tuple[int, ...] | None:
-    """How many frames, rows and columns of tokens its table of positions has; None where it has no table."""
-    if length := transformer.settings().get("rope_max_seq_len"):
-        return (length,) * 3
+def _places(pipeline: Instance) -> tuple[int | None, int | None]:
+    """How many frames, and how many tokens along an edge, have a place in the transformer's table of positions; None
+    where as many have as there are."""
+    transformer = pipeline.parts["transformer"]
+    settings = transformer.settings()
+    if length := settings.get("rope_max_seq_len"):
+        return length, length
+    if settings.get("patch_size_t") and 'grid_type="slice"' in pipeline.source.text:  # CogVideoX 1.5: a corner of it
+        return None, min(settings["sample_height"], settings["sample_width"]) // _patch(pipeline, -1)
     tables = (source.parameters("__init__").get("max_pos") for source in classes(transformer.source.text))
-    return next((table for table in tables if isinstance(table, tuple)), None)
+    frames, *edges = next((table for table in tables if isinstance(table, tuple)), (None, None))
+    return frames, min(edges)
 
 
 def _patch(pipeline: Instance, axis: int) -> int:

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, BERT and T5, as pipelines use them: which class computes what is read, and how it is cut."""
+"""CLIP, BERT and T5, as pipelines use them: which class computes what is read, and how it is cut."""
 
 from __future__ import annotations
 
@@ -31,10 +31,6 @@ def _clip_layers(encoder: str) -> dict[str, TensorStyle]:
     }
 
 
-_TEXT_HALF = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
-_PICTURE_HALF = ("vision_model.", "visual_projection.", "logit_scale", "logit_bias")
-"""What files hold of a whole model that compares texts with pictures, beside the half that is read."""
-
 CLIP = Component(  # position_ids are counted by the class; transformers before 4.31 stored them
     module="transformers.models.clip.modeling_clip",
     name="CLIPTextModelWithProjection",
@@ -45,7 +41,7 @@ CLIP = Component(  # position_ids are counted by the class; transformers before 
         }
     ),
     ranks="world",
-    leave_out=("text_model.embeddings.position_ids", *_PICTURE_HALF),
+    leave_out=("text_model.embeddings.position_ids",),
 )
 
 CLIP_TEXT = replace(  # without the projection, which the class does not have; nor the prefix, from transformers 5 on
@@ -63,17 +59,7 @@ CLIP_VISION = Component(  # the class had its layers in `vision_model` until tra
     ranks="world",
     prefixes={"vision_model.": "", "": ""},
     unread="encoder.layers",
-    leave_out=("vision_model.embeddings.position_ids", "visual_projection.", *_TEXT_HALF),
-)
-
-SIGLIP_VISION = replace(  # its pooling head, a single layer, is whole but for its MLP
-    CLIP_VISION,
-    module="transformers.models.siglip.modeling_siglip",
-    name="SiglipVisionModel",
-    plan=Plan(
-        tensor={**CLIP_VISION.plan.tensor, "head.mlp.fc1": Colwise(), "head.mlp.fc2": Rowwise()}, optional=("head",)
-    ),
-    unread=None,
+    leave_out=("vision_model.embeddings.position_ids", "visual_projection."),
 )
 
 _BERT_LAYER = "encoder.layer.*"

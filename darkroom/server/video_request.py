@@ -28,7 +28,9 @@ class VideoRequest(Parameters):
 
     nested = (*Parameters.nested, "video_params")
 
-    seconds: str | int | None = Field(None, description="length; 4, if neither it nor num_frames is given")
+    seconds: str | int | None = Field(
+        None, description="length; if neither it nor num_frames is given 4, or as near as the model comes to it"
+    )
     input_reference: ReferenceObject | None = Field(
         None, description='the picture to begin with; in JSON {"image_url": "data:image/png;base64,..."}'
     )

@@ -11,6 +11,8 @@ from PIL import Image
 from darkroom.engine.media import encode_files, encode_picture, encode_preview, encode_video
 from tests.golden import request
 
+SIZE = {"width": 128, "height": 96}
+
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
@@ -81,15 +83,20 @@ def test_a_video_is_its_frames(frames: list[Image.Image]) -> None:
 
 
 def test_a_request_has_a_file_for_each_picture_or_one_video(frames: list[Image.Image]) -> None:
-    assert len(encode_files(frames, request(output_format="png"))) == 9
-    [video] = encode_files(frames, request(output_format="mp4", fps=8, num_frames=9))
+    assert len(encode_files(frames, request(**SIZE, output_format="png"))) == 9
+    [video] = encode_files(frames, request(**SIZE, output_format="mp4", fps=8, num_frames=9))
     assert video == encode_video(frames, 8)
 
 
 @pytest.mark.parametrize("output_format", ["mp4", "png"])
 def test_a_video_of_another_length_is_no_answer(frames: list[Image.Image], output_format: str) -> None:
     with pytest.raises(RuntimeError, match="made 9 frames where 5 were asked for"):
-        encode_files(frames, request(output_format=output_format, fps=8, num_frames=5))
+        encode_files(frames, request(**SIZE, output_format=output_format, fps=8, num_frames=5))
+
+
+def test_a_picture_of_another_size_is_no_answer(picture: Image.Image) -> None:
+    with pytest.raises(RuntimeError, match="made 128x96 where 96x128 were asked for"):
+        encode_files([picture], request(width=96, height=128))
 
 
 def test_a_preview_is_one_picture(frames: list[Image.Image]) -> None:

@@ -73,6 +73,24 @@ def test_a_picture_is_edited(folders: dict[str, Path]) -> None:
     assert edited is not None and torch.equal(edited, run_other(stock, EDIT, "pt"))
 
 
+def test_a_shape_of_its_own_is_not_taken_instead(tmp_path: Path) -> None:
+    """HunyuanDiT's call draws in one of nine, as it stands, and does not scale it back."""
+    folder = tiny.hunyuan_dit(tmp_path / "model")
+    size: dict[str, Any] = {"width": 96, "height": 64, "num_inference_steps": 2}
+    with worker(folder, ParallelConfig()) as one:
+        wanted = one.model.options.resolve("a cat", SamplingParams(**size, seed=1))
+        drawn = generate(one, [wanted])["0"][1]
+    theirs = stock_pipeline(diffusers.HunyuanDiTPipeline, folder)(
+        prompt="a cat",
+        **size,
+        guidance_scale=wanted.guidance_scale,
+        generator=torch.Generator().manual_seed(1),
+        output_type="pt",
+        use_resolution_binning=False,
+    ).images
+    assert drawn is not None and drawn.shape == (1, 3, 64, 96) and torch.equal(drawn, theirs)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -25,7 +25,6 @@ from transformers import (
     Qwen2VLConfig,
     Qwen3Config,
     Qwen3VLConfig,
-    SiglipVisionConfig,
     SmolLM3Config,
 )
 
@@ -245,14 +244,6 @@ CASES = {
         config=qwen3_vl,
         read=lambda x: x.hidden_states[-1],
         given="image and text",
-    ),
-    "siglip": Case(
-        pipeline="HunyuanVideoFramepackPipeline",
-        part="image_encoder",
-        cls="SiglipVisionModel",
-        config=lambda: SiglipVisionConfig(**VISION, **PICTURE),
-        read=lambda x: torch.cat([x.last_hidden_state, x.pooler_output[:, None]], 1),
-        given="picture",
     ),
     "bert": Case(
         pipeline="HunyuanDiTPipeline",

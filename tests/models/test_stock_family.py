@@ -28,6 +28,14 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("JoyImageEditPlusPipeline", "its call takes 'images', and it is not known what it does without"),
         ("BriaFibo2Pipeline", "its call takes 'fonts'"),
         ("FluxControlNetPipeline", "it draws by a 'control_guidance_start', which no request brings"),
+        ("HunyuanDiTControlNetPipeline", "it draws by a 'control_image', which no request brings"),
+        ("Cosmos2TextToImagePipeline", "it needs a 'safety_checker', which comes with no checkpoint"),
+        ("HiDreamImagePipeline", "its pictures have sizes of their own"),
+        ("Kandinsky5T2IPipeline", "its pictures have sizes of their own"),
+        ("Kandinsky5I2IPipeline", "its pictures have sizes of their own"),
+        ("QwenImageEditInpaintPipeline", "its pictures have sizes of their own"),
+        ("FluxKontextInpaintPipeline", "its pictures have sizes of their own"),
+        ("Flux2KleinInpaintPipeline", "its pictures have sizes of their own"),
     ],
 )
 def test_what_cannot_run_is_refused(name: str, reason: str, flux: Path, tmp_path: Path) -> None:

@@ -126,6 +126,27 @@ def test_no_edge_is_longer_than_the_table_of_positions(name: str, edge: int, fra
     assert with_settings("SkyReelsV2Pipeline", rope_max_seq_len=5).max_frames == 17
 
 
+@pytest.mark.parametrize("name", ["CogVideoXPipeline", "CogVideoXImageToVideoPipeline"])
+def test_a_table_of_which_a_corner_is_taken(name: str) -> None:
+    """CogVideoX 1.5's: 150 tokens of 16 pixels. 1.0 scales its table to any size."""
+    model = with_settings(name, patch_size_t=2, sample_width=300, sample_height=300)
+    assert (model.max_edge, model.default_size) == (2400, (1360, 768))
+    if model.tasks == ("image-to-video",):
+        wide = model.resolve("a cat", SamplingParams(images=(picture_file(1800, 300),)))
+        assert (wide.width, wide.height) == (2400, 416)
+    assert with_settings(name).max_edge is None
+
+
+def test_texts_have_places_too() -> None:
+    """Lumina-Image 2.0's: 300, of which the picture takes the one behind the text."""
+    parts = {
+        "transformer": {"_class_name": "Lumina2Transformer2DModel", "patch_size": 2, "axes_lens": [300, 512, 512]},
+        "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [8] * 4},
+    }
+    model = derived("Lumina2Pipeline", source("Lumina2Pipeline"), {}, parts, tiny_components())
+    assert (model.text_window, model.max_sequence_length, model.max_edge) == (299, 256, 8192)
+
+
 def test_learned_positions_are_of_one_size_and_length() -> None:
     """CogVideoX-5b-I2V's: its own size, whatever the picture's is."""
     learned = {"use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": True}
@@ -146,6 +167,7 @@ def test_learned_positions_are_of_one_size_and_length() -> None:
 
 def test_schedules_without_a_single_step() -> None:
     assert capabilities("MochiPipeline").min_inference_steps == 2
+    assert capabilities("LTXConditionPipeline").min_inference_steps == 1  # its own linear one has
     stretched = {**configs("LTXPipeline"), "scheduler": {"shift_terminal": 0.1}}
     assert capabilities("LTXPipeline").min_inference_steps == 1
     assert derived("LTXPipeline", source("LTXPipeline"), {}, stretched, tiny_components()).min_inference_steps == 2

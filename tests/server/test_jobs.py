@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,23 @@ def using(url: str, test) -> None:
             await test(jobs)
 
     asyncio.run(run())
+
+
+def test_a_failure_that_nobody_waits_for_any_more_is_not_logged(tmp_path):
+    async def test(jobs: JobStore) -> None:
+        told = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+        asking = asyncio.create_task(jobs._run(sa.text("SELECT nothing"), list))
+        await asyncio.sleep(0)
+        under_way = list(jobs._under_way)
+        asking.cancel()
+        await asyncio.wait([asking, *under_way])
+        assert asking.cancelled() and len(under_way) == 1
+        del asking, under_way
+        gc.collect()
+        assert told == []
+
+    using(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}", test)
 
 
 def test_a_job_is_read_as_it_was_written(url):

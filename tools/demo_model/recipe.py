@@ -52,7 +52,7 @@ class Recipe:
     """pictures from which the mean and deviation of the latents are taken"""
 
     sizes: tuple[Size, ...] = (
-        Size(128, 128, 0.24),
+        Size(128, 128, 0.23),
         Size(96, 96, 0.15),
         Size(96, 128, 0.13),
         Size(128, 96, 0.13),
