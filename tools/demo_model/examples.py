@@ -22,7 +22,7 @@ HELD_OUT = {
 }
 
 Kind = Literal["single", "count", "relation", "scene", "plain"]
-SHARES: dict[Kind, float] = {"single": 0.3, "count": 0.18, "relation": 0.32, "scene": 0.16, "plain": 0.04}
+SHARES: dict[Kind, float] = {"single": 0.25, "count": 0.3, "relation": 0.27, "scene": 0.14, "plain": 0.04}
 
 PLURALS = {**{shape: f"{shape}s" for shape in SHAPES}, "cross": "crosses", "fish": "fish"}
 NUMBERS = ("one", "two", "three", "four", "five")
