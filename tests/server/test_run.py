@@ -337,8 +337,15 @@ def test_workers_that_cannot_be_started_again_end_the_server(tmp_path: Path) -> 
         assert server.process.wait(40) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("has_engine", [False, True])
+@pytest.mark.parametrize(
+    ("number", "has_engine"),
+    [
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.matrix),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.matrix),
+    ],
+)
 def test_a_server_that_is_stopped_while_it_starts_leaves_nothing(number: signal.Signals, has_engine: bool) -> None:
     """Before anything answers, and when the engine listens."""
     before = run_folders()
@@ -368,7 +375,9 @@ def test_without_an_engine_the_server_ends() -> None:
         assert wait_until(lambda: not any(alive(process) for process in tree))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.matrix), signal.SIGTERM, signal.SIGKILL]
+)
 def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
     before = run_folders()
     with serve("demo", "--ring", "2", "--drain-timeout", "0") as server, ThreadPoolExecutor(1) as pool:
