@@ -457,9 +457,15 @@ def test_all_that_guards_a_server_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_guard_a_server_ends_it(flags: list[str], words: str) -> None:
-    process = start("demo", *flags, stderr=subprocess.PIPE)
+    code, errors = ended("demo", *flags)
+    assert (code, words in errors, "schlüssel" in errors) == (2, True, False)
+
+
+def ended(*arguments: str) -> tuple[int, str]:
+    """The exit code of a server that cannot start, and what it wrote to standard error."""
+    process = start(*arguments, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=START_SECONDS)
-    assert (process.returncode, words in errors, "schlüssel" in errors) == (2, True, False)
+    return process.returncode, errors
 
 
 def alive(process: psutil.Process) -> bool:
@@ -470,10 +476,9 @@ def test_weights_that_do_not_fit_their_config_are_named(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(DEMO, tmp_path / "unfit"))
     config = folder / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"joint_attention_dim": 128', '"joint_attention_dim": 64'))
-    process = start(str(folder), stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=START_SECONDS)
+    code, errors = ended(str(folder))
     [line] = [line for line in errors.splitlines() if line.startswith("darkroom: ")]
-    assert (process.returncode, "config.json does not fit the weights" in line) == (2, True)
+    assert (code, "config.json does not fit the weights" in line) == (2, True)
 
 
 def test_an_address_in_use_is_named(server: Server) -> None:
@@ -519,7 +524,6 @@ def test_videos_outlive_the_server(tmp_path: Path) -> None:
 
 def test_a_folder_for_videos_that_cannot_be_had_is_named(tmp_path: Path) -> None:
     folder = video_demo(tmp_path)
-    process = start(str(folder), "--data-dir", str(folder / "darkroom.json"), stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=START_SECONDS)
-    assert (process.returncode, errors.count("\n")) == (2, 1), errors
+    code, errors = ended(str(folder), "--data-dir", str(folder / "darkroom.json"))
+    assert (code, errors.count("\n")) == (2, 1), errors
     assert errors.startswith("darkroom: --data-dir ")
