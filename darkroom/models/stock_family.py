@@ -41,6 +41,7 @@ _PICTURES = {
 """Parameters of pictures and videos: those that are filled, and those that a call does without."""
 _OWN_SIZE = re.compile(
     r"\bwidth = (?:image|calculated)_width\n|\bwidth, height = (?:self\.resolutions\[|int\(width \* scale\b)"
+    r"|\bheight, width = self\.vae_image_processor\.get_default_height_width\("
 )
 """Where a call draws as large as a picture of the request is, or in one of a few sizes, or always as many pixels."""
 _BINNING = "use_resolution_binning"

@@ -31,6 +31,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("HunyuanDiTControlNetPipeline", "it draws by a 'control_image', which no request brings"),
         ("Cosmos2TextToImagePipeline", "it needs a 'safety_checker', which comes with no checkpoint"),
         ("HiDreamImagePipeline", "its pictures have sizes of their own"),
+        ("JoyImageEditPipeline", "its pictures have sizes of their own"),
         ("Kandinsky5T2IPipeline", "its pictures have sizes of their own"),
         ("Kandinsky5I2IPipeline", "its pictures have sizes of their own"),
         ("QwenImageEditInpaintPipeline", "its pictures have sizes of their own"),
