@@ -22,7 +22,7 @@ from tools.demo_model.__main__ import main
 from tools.demo_model.autoencoder import decode, encode, flat, pixels
 from tools.demo_model.components import TEXT_LAYERS, begin_with, make_text_encoder, make_vae, template
 from tools.demo_model.denoiser import Denoiser
-from tools.demo_model.examples import COLOURS, NUMBERS, Example, Kind, example
+from tools.demo_model.examples import COLOURS, HELD_OUT, NUMBERS, Example, Kind, example
 from tools.demo_model.judge import judge, pieces, rates
 from tools.demo_model.latents import Prompts
 from tools.demo_model.loop import Loop
@@ -43,7 +43,9 @@ def some(number: int, kind: Kind | None = None, held_out: bool = False) -> Itera
 
 
 def test_what_is_held_out_is_in_no_picture_that_is_trained_on() -> None:
-    assert not any(thing.held_out for one, _ in some(3000) for thing in one.things)
+    trained_on = [one for one, _ in some(3000)]
+    assert not any(thing.held_out for one in trained_on for thing in one.things)
+    assert not any(one.landscape.thing in HELD_OUT for one in trained_on if one.landscape)
     for kind in KINDS:
         assert all(any(thing.held_out for thing in one.things) for one, _ in some(200, kind, held_out=True))
 

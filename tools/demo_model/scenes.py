@@ -32,7 +32,7 @@ HOURS = {
         ((70, 150, 235), (190, 225, 250)),
         (90, 95, 105),
         0,
-        ("under a blue sky", "on a sunny day", "in the daytime", "by day"),
+        ("under a blue sky", "in the daytime", "by day"),
     ),
     "sunset": Hour(
         ((110, 50, 130), (255, 165, 70)),
@@ -56,23 +56,38 @@ GROUNDS = {
     "desert": ("a desert", "sand dunes", "a sandy desert"),
 }
 
+SUNNY = "on a sunny day"
+"""another phrase of the day, which says that the sun is seen"""
+
 BODIES = {
-    "sun": (" with a yellow sun", " with the sun in the sky"),
-    "moon": (" with a full moon", " with the moon in the sky"),
+    "sun": (" with a yellow sun", " with the sun in the sky", " with a sun"),
+    "moon": (" with a full moon", " with the moon in the sky", " with a moon"),
 }
 
-THINGS = ("house", "tree", "car", "cat", "flower", "mushroom")
+THINGS = {
+    **{"house": "red", "tree": "green", "car": "blue", "cat": "orange", "flower": "yellow", "mushroom": "red"},
+    "boat": "white",
+}
+"""what can be in a landscape, with its colour where the prompt does not say; a boat is on the sea, and nothing else"""
+
+PLACES = {None: 0.5, "left": 0.3, "right": 0.7}
+"""where a thing stands, as a fraction of the width"""
+
 THING_COLOURS = ("red", "blue", "yellow", "white", "purple", "orange", "pink", "green")
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """What is seen in a landscape. `thing`: its colour and its name, which is `boat` on the sea."""
+    """What is seen in a landscape. `thing`: its colour and its name, which is `boat` on the sea. `place`: its side.
+
+    The prompt says nearly all of it: what it left open, the model would draw halfway between the possible pictures.
+    """
 
     hour: str
     ground: str
     body: str | None
     thing: tuple[str, str] | None
+    place: str | None = None
 
 
 def imagine(random: Random) -> Landscape:
@@ -81,29 +96,31 @@ def imagine(random: Random) -> Landscape:
     body = {"day": "sun", "night": "moon"}.get(hour) if random.random() < 0.6 else None
     if random.random() >= 0.75:
         return Landscape(hour, ground, body, None)
-    name = "boat" if ground == "sea" else random.choice(THINGS)
-    return Landscape(hour, ground, body, ("green" if name == "tree" else random.choice(THING_COLOURS), name))
+    name = "boat" if ground == "sea" else random.choice([name for name in THINGS if name != "boat"])
+    own = name == "tree" or random.random() < 0.25
+    colour = THINGS[name] if own else random.choice(THING_COLOURS)
+    return Landscape(hour, ground, body, (colour, name), random.choice([None, None, "left", "right"]))
 
 
 def describe(landscape: Landscape, random: Random) -> str:
-    ground, hour = random.choice(GROUNDS[landscape.ground]), random.choice(HOURS[landscape.hour].phrases)
+    ground = random.choice(GROUNDS[landscape.ground])
+    sunny = landscape.body == "sun" and random.random() < 0.4
+    hour = SUNNY if sunny else random.choice(HOURS[landscape.hour].phrases)
     if landscape.thing is None:
         prompt = random.choice(["{} {}", "a landscape with {} {}", "a view of {} {}"]).format(ground, hour)
     else:
         colour, name = landscape.thing
-        words = name if name == "tree" and random.random() < 0.7 else f"{colour} {name}"
+        words = name if colour == THINGS[name] and random.random() < 0.7 else f"{colour} {name}"
         thing = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
         if name == "boat":
             thing = random.choice([thing, thing, f"a boat with {colour} sails"])
-            forms = ["{thing} on {ground} {hour}", "{thing} sailing on {ground} {hour}"]
+            forms = ["{thing}{side} on {ground} {hour}", "{thing}{side} sailing on {ground} {hour}"]
         else:
-            forms = [
-                "{thing} in front of {ground} {hour}",
-                "{thing} and {ground} {hour}",
-                "{ground} with {thing} {hour}",
-            ]
-        prompt = random.choice(forms).format(thing=thing, ground=ground, hour=hour)
-    if landscape.body and random.random() < 0.75:
+            forms = ["{thing}{side} in front of {ground} {hour}", "{thing}{side} and {ground} {hour}"]
+        forms.append("{ground} with {thing}{side} {hour}")
+        side = f" on the {landscape.place}" if landscape.place else ""
+        prompt = random.choice(forms).format(thing=thing, side=side, ground=ground, hour=hour)
+    if landscape.body and (not sunny or random.random() < 0.5):
         prompt += random.choice(BODIES[landscape.body])
     return prompt
 
@@ -112,11 +129,11 @@ def draw(landscape: Landscape, canvas: Canvas, random: Random) -> None:
     hour = HOURS[landscape.hour]
     canvas.fade(*hour.sky)
     horizon = random.uniform(0.56, 0.64)
-    _draw_sky(landscape, canvas, horizon, random)
+    _draw_sky(landscape, canvas, horizon)
     GROUND_PAINTERS[landscape.ground](canvas, hour, horizon)
     if landscape.thing:
         colour, name = landscape.thing
-        x = random.choice([0.32, 0.5, 0.68])
+        x = PLACES[landscape.place]
         if name == "boat":
             _draw_boat(canvas, hour, x, horizon + (1 - horizon) * 0.25, COLOURS[colour])
         else:
@@ -124,17 +141,17 @@ def draw(landscape: Landscape, canvas: Canvas, random: Random) -> None:
             canvas.draw(name, x, y, 0.4, hour.light(COLOURS[colour], 0.35), behind=(95, 160, 75))
 
 
-def _draw_sky(landscape: Landscape, canvas: Canvas, horizon: float, random: Random) -> None:
+def _draw_sky(landscape: Landscape, canvas: Canvas, horizon: float) -> None:
     edge = canvas.edge
     if landscape.hour == "night":
+        stars = Random("the same in every night")
         for _ in range(26):
-            x, y = random.random(), random.uniform(0, horizon * 0.85)
-            _disc(canvas, x, y, edge * random.uniform(0.005, 0.011), (240, 240, 255))
-    side = random.choice([0.24, 0.76])
+            x, y = stars.random(), stars.uniform(0, 0.5)
+            _disc(canvas, x, y, edge * stars.uniform(0.007, 0.012), (240, 240, 255))
     if landscape.body == "sun":
-        canvas.draw("sun", side, 0.2, 0.27, (255, 220, 60))
+        canvas.draw("sun", 0.76, 0.2, 0.27, (255, 220, 60))
     elif landscape.body == "moon":
-        _disc(canvas, side, 0.2, edge * 0.1, (245, 240, 205))
+        _disc(canvas, 0.24, 0.2, edge * 0.1, (245, 240, 205))
     if landscape.hour == "sunset":
         _disc(canvas, 0.5, horizon - 0.045 * edge / canvas.large.height, edge * 0.15, (255, 225, 120))
     if landscape.hour == "gray":
