@@ -31,8 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     judge = commands.add_parser("judge", help="scores of a folder, on held-out combinations")
     judge.add_argument("folder", type=Path, nargs="?", default=SHIPPED, help="default: what is shipped")
-    judge.add_argument("--number", type=int, default=500, help="pictures of 128x128 for each row (default: 500)")
-    judge.add_argument("--others", type=int, default=200, help="pictures for each other row (default: 200)")
+    judge.add_argument("--number", type=int, default=500, help="of pictures in each row (default: 500)")
     judge.add_argument("--steps", type=int, default=12, help="default: 12")
     judge.add_argument("--guidance", type=float, default=2.5, help="default: 2.5, the model's own")
     judge.add_argument("--page", type=Path, help="write them there too, between the two comments that say so")
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(given.threads)
     if given.command == "judge":
         how = scores.Drawing(steps=given.steps, guidance=given.guidance)
-        found = scores.report(given.folder, given.number, given.others, how)
+        found = scores.report(given.folder, given.number, how)
         print(found)
         if given.page:
             before, rest = given.page.read_text().split(MARK_BEFORE)

@@ -103,33 +103,31 @@ QUESTIONS = ("background", "colour", "place", "shape", "size", "count", "everyth
 NAMES = {"single": "one object", "count": "one to five of a thing", "relation": "two objects with a relation"}
 
 
-def report(folder: Path, number: int, others: int, how: Drawing) -> str:
-    """All scores of a folder, as Markdown; of `number` pictures at 128 x 128, and of `others` in each other row."""
+def report(folder: Path, number: int, how: Drawing) -> str:
+    """All scores of a folder, as Markdown; each row is of `number` pictures."""
     pipeline = load(folder)
     lines = [
-        f"Held-out combinations, {how.steps} steps, `true_cfg_scale` {how.guidance:g}; per cent of the pictures.",
+        f"Held-out combinations, {how.steps} steps, `true_cfg_scale` {how.guidance:g}; per cent of {number} pictures.",
         "",
-        f"| | size | pictures | {' | '.join(QUESTIONS)} |",
-        f"|---|---|---|{'---|' * len(QUESTIONS)}",
+        f"| | size | {' | '.join(QUESTIONS)} |",
+        f"|---|---|{'---|' * len(QUESTIONS)}",
     ]
     for width, height in SIZES:
-        pictures = number if (width, height) == (128, 128) else others
         for kind in KINDS:
-            found = rates(score(pipeline, kind, pictures, replace(how, width=width, height=height)))
+            found = rates(score(pipeline, kind, number, replace(how, width=width, height=height)))
             cells = [f"{100 * found[question]:.1f}" if question in found else "" for question in QUESTIONS]
-            lines.append(f"| {NAMES[kind]} | {width}x{height} | {pictures} | {' | '.join(cells)} |")
+            lines.append(f"| {NAMES[kind]} | {width}x{height} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-    lines += ["", f"| `true_cfg_scale`, two objects, {others} pictures | everything |", "|---|---|"]
+    lines += ["", "| `true_cfg_scale`, two objects at 128x128 | everything |", "|---|---|"]
     for guidance in GUIDANCES:
-        found = rates(score(pipeline, "relation", others, replace(how, guidance=guidance)))
+        found = rates(score(pipeline, "relation", number, replace(how, guidance=guidance)))
         lines.append(f"| {guidance:g} | {100 * found['everything']:.1f} |")
         print(lines[-1], flush=True)
-    kept = avoided(pipeline, others, how)
+    kept = avoided(pipeline, number, how)
     ratio = signal_to_noise(pipeline.vae, Recipe(measured=min(number, 256)))
     lines += [
         "",
-        f"* A negative prompt that names the colour which was drawn, where the prompt has none: {100 * kept:.1f} % of "
-        f"{others} pictures keep it.",
+        f"* Things of a colour that no prompt asked for: {100 * kept:.1f} % keep it when a negative one names it.",
         f"* Peak signal-to-noise ratio of the VAE on the data set: {ratio:.1f} dB.",
         f"* A picture of 128x128 in 12 steps, guidance included, on one core: {seconds(folder):.2f} s.",
         f"* The folder: {size_of(folder) / 1e6:.2f} MB.",
