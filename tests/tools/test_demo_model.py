@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 from transformers import Qwen2Tokenizer
 
@@ -22,7 +22,7 @@ from tools.demo_model.__main__ import main
 from tools.demo_model.autoencoder import decode, encode, flat, pixels
 from tools.demo_model.components import TEXT_LAYERS, begin_with, make_text_encoder, make_vae, template
 from tools.demo_model.denoiser import Denoiser
-from tools.demo_model.examples import COLOURS, HELD_OUT, NUMBERS, Example, Kind, example
+from tools.demo_model.examples import COLOURS, HELD_OUT, NUMBERS, Example, Kind, Thing, example
 from tools.demo_model.judge import judge, pieces, rates
 from tools.demo_model.latents import Prompts
 from tools.demo_model.loop import Loop
@@ -83,6 +83,14 @@ def test_a_thing_is_one_piece(shape: str, width: int, height: int) -> None:
 def test_the_judge_agrees_with_the_pictures_of_the_data_set(kind: Kind, width: int, height: int) -> None:
     found = rates([judge(one.draw(width, height, random), one) for one, random in some(25, kind, held_out=True)])
     assert set(found.values()) == {1.0}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_judge_knows_what_has_soft_edges(shape: str) -> None:
+    thing = Thing("blue", shape, 0.25, 0.5, 0.35)
+    one = Example("single", "", "white", (thing,))
+    blurred = one.draw(96, 96, Random(0)).filter(ImageFilter.GaussianBlur(0.8))
+    assert judge(blurred, one)["everything"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,6 +221,6 @@ def test_the_shipped_folder_is_small_and_draws_what_it_is_told() -> None:
     pipeline = scores.load(DEMO)
     for kind in KINDS:
         found = rates(scores.score(pipeline, kind, 12, scores.Drawing()))
-        assert found["everything"] >= 0.7, f"{kind}: {found}"
+        assert found["everything"] >= 0.9, f"{kind}: {found}"
     found = rates(scores.score(pipeline, "single", 8, scores.Drawing(width=96, height=128)))
-    assert found["place"] >= 0.9 and found["everything"] >= 0.6, found
+    assert found["everything"] >= 0.85, found

@@ -32,8 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     judge = commands.add_parser("judge", help="scores of a folder, on held-out combinations")
     judge.add_argument("folder", type=Path, nargs="?", default=SHIPPED, help="default: what is shipped")
     judge.add_argument("--number", type=int, default=500, help="of pictures in each row (default: 500)")
-    judge.add_argument("--steps", type=int, default=12, help="default: 12")
-    judge.add_argument("--guidance", type=float, default=2.5, help="default: 2.5, the model's own")
+    usual = scores.Drawing()
+    judge.add_argument("--steps", type=int, default=usual.steps, help=f"default: {usual.steps}")
+    judge.add_argument("--guidance", type=float, default=usual.guidance, help=f"default: {usual.guidance}")
     judge.add_argument("--page", type=Path, help="write them there too, between the two comments that say so")
 
     given = parser.parse_args(arguments)

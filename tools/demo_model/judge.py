@@ -27,6 +27,8 @@ EDGE = 32
 """things are compared in squares of so many pixels"""
 NEAR = 0.1
 """how far the centre of a thing may be from its place, as a fraction of width or height"""
+ZOOMS = (0.94, 1.0, 1.06)
+"""of what things are compared with: a small thing's bounds shrink so much where a soft corner ends a pixel early"""
 SIZE_RANGE = (0.7, 1.4)
 """how large a thing may be, as a multiple of what it should be"""
 
@@ -197,24 +199,27 @@ def _nearest(square: Pixels, behind: str) -> tuple[str, str]:
 
 @cache
 def _references(behind: str) -> tuple[list[tuple[str, str]], Pixels]:
-    """Every thing in every colour but the background's own, as a square that was cut out of a picture of it."""
+    """Every thing in every colour but the background's own, each a little smaller and a little larger too."""
     names, squares = [], []
     for colour in COLOURS:
         for shape in SHAPES:
             if colour != behind:
-                names.append((colour, shape))
-                squares.append(_reference(COLOURS[colour], shape, COLOURS[behind]))
+                names += [(colour, shape)] * len(ZOOMS)
+                squares += _reference(COLOURS[colour], shape, COLOURS[behind])
     return names, np.stack(squares)
 
 
-def _reference(colour: RGB, shape: str, behind: RGB) -> Pixels:
+def _reference(colour: RGB, shape: str, behind: RGB) -> list[Pixels]:
     canvas = Canvas.blank(2 * EDGE, 2 * EDGE, behind)
     canvas.draw(shape, 0.5, 0.5, 0.8, colour, behind)
-    pixels, ground = np.asarray(canvas.picture(), dtype=np.float32), np.array(behind, dtype=np.float32)
-    mask = apart(pixels, ground)
+    picture = canvas.picture()
+    mask = apart(np.asarray(picture, dtype=np.float32), np.array(behind, dtype=np.float32))
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    bounds = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-    return cut_out(pixels, mask, ground, bounds)
+    y, x = (rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2
+    half = (max(np.ptp(rows), np.ptp(columns)) + 1) / 2
+    boxes = [(x - half * zoom, y - half * zoom, x + half * zoom, y + half * zoom) for zoom in ZOOMS]
+    size = (EDGE, EDGE)
+    return [np.asarray(picture.resize(size, Image.Resampling.BOX, box), dtype=np.float32) for box in boxes]
 
 
 @cache

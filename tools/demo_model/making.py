@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "max_pixels": 512 * 512,
     "num_inference_steps": 20,
     "quality_steps": {"low": 10, "medium": 15, "high": 20},
-    "guidance_scale": 2.5,
+    "guidance_scale": 1.5,
 }
 """darkroom.json: what the server reads beside the pipeline"""
 

@@ -15,12 +15,12 @@ from PIL import Image
 from tools.demo_model.autoencoder import signal_to_noise
 from tools.demo_model.examples import Example, Kind, example
 from tools.demo_model.judge import Score, colour_of, judge, rates
-from tools.demo_model.making import size_of
+from tools.demo_model.making import SETTINGS, size_of
 from tools.demo_model.recipe import Recipe
 
 KINDS: tuple[Kind, ...] = ("single", "count", "relation")
 SIZES = ((128, 128), (96, 96), (192, 192), (96, 128), (128, 96))
-GUIDANCES = (1.0, 2.5, 4.0, 6.0)
+GUIDANCES = (1.0, 1.5, 2.5, 4.0, 6.0)
 PLAIN_SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "hexagon")
 """of one colour"""
 
@@ -34,7 +34,7 @@ class Drawing:
     width: int = 128
     height: int = 128
     steps: int = 12
-    guidance: float = 2.5
+    guidance: float = SETTINGS["guidance_scale"]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> QwenImagePipeline:
@@ -118,9 +118,9 @@ def report(folder: Path, number: int, how: Drawing) -> str:
             cells = [f"{100 * found[question]:.1f}" if question in found else "" for question in QUESTIONS]
             lines.append(f"| {NAMES[kind]} | {width}x{height} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-    lines += ["", "| `true_cfg_scale`, two objects at 128x128 | everything |", "|---|---|"]
+    lines += ["", "| `true_cfg_scale`, two objects at 96x96 | everything |", "|---|---|"]
     for guidance in GUIDANCES:
-        found = rates(score(pipeline, "relation", number, replace(how, guidance=guidance)))
+        found = rates(score(pipeline, "relation", number, replace(how, width=96, height=96, guidance=guidance)))
         lines.append(f"| {guidance:g} | {100 * found['everything']:.1f} |")
         print(lines[-1], flush=True)
     kept = avoided(pipeline, number, how)

@@ -199,11 +199,12 @@ def car(brush: Brush) -> None:
 
 
 def sun(brush: Brush) -> None:
-    for i in range(12):
-        tip, half = radians(30 * i), radians(8)
-        feet = ((0.48 * cos(tip + turn), 0.48 * sin(tip + turn)) for turn in (-half, half))
-        brush.polygon((cos(tip), sin(tip)), *feet)
-    brush.oval(0, 0, 0.53)
+    """Its rays are wide and blunt, to be seen in a picture of 96 pixels with five suns."""
+    for i in range(8):
+        middle, foot, tip = radians(45 * i), radians(17), radians(8)
+        feet = ((0.46 * cos(middle + turn), 0.46 * sin(middle + turn)) for turn in (-foot, foot))
+        brush.polygon(*((cos(middle + turn), sin(middle + turn)) for turn in (tip, -tip)), *feet)
+    brush.oval(0, 0, 0.5)
 
 
 def cloud(brush: Brush) -> None:
@@ -217,9 +218,9 @@ def face(brush: Brush) -> None:
     dark = brush.choose(70, above=(25, 25, 25), below=(240, 240, 240))
     brush.oval(0, 0, 0.95)
     for u in (-0.33, 0.33):
-        brush.oval(u, -0.25, 0.12, 0.17, fill=dark)
+        brush.oval(u, -0.25, 0.15, 0.21, fill=dark)
     mouth = brush.at([(-0.55, -0.5), (0.55, 0.6)])
-    brush.on.arc([*mouth[0], *mouth[1]], 20, 160, fill=dark, width=max(1, int(0.14 * brush.radius)))
+    brush.on.arc([*mouth[0], *mouth[1]], 20, 160, fill=dark, width=max(1, int(0.2 * brush.radius)))
 
 
 def mushroom(brush: Brush) -> None:
