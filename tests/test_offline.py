@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -36,8 +37,9 @@ def darkroom() -> Iterator[Darkroom]:
 
 def expected(prompt: str, seed: int) -> np.ndarray[Any, Any]:
     """What one process makes of it."""
+    usual = json.loads((DEMO / "darkroom.json").read_text())["guidance_scale"]
     with golden.worker(DEMO, ParallelConfig()) as one:
-        [(_, decoded)] = golden.generate(one, [golden.request(prompt, guidance_scale=2.5, seed=seed)]).values()
+        [(_, decoded)] = golden.generate(one, [golden.request(prompt, guidance_scale=usual, seed=seed)]).values()
         assert decoded is not None
         return np.asarray(one.model.pictures(decoded)[0], int)
 
